@@ -1,0 +1,29 @@
+"""Activation sparsity for gated-MLP language models: calibrate, sparsify, save, load.
+
+Importing also lets transformers restore merged directories (``quant_method: cats``).
+"""
+
+from . import hub
+from ._version import __version__
+from .calibration import Calibration, calibrate
+from .config import SparsityConfig
+from .errors import CatsparseError
+from .hub import load, save
+from .meter import achieved_sparsity
+from .surgery import densify, explain, sparsify
+
+hub.register_with_transformers()
+
+__all__ = [
+    "Calibration",
+    "CatsparseError",
+    "SparsityConfig",
+    "__version__",
+    "achieved_sparsity",
+    "calibrate",
+    "densify",
+    "explain",
+    "load",
+    "save",
+    "sparsify",
+]

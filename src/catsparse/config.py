@@ -1,0 +1,228 @@
+"""The artifact's dataclasses <-> ``catsparse.json`` (standard library only).
+
+The file is strict: an unknown key at the same format version is an error, and a newer version
+says what to upgrade. docs/file-format.md describes every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import CatsparseError
+
+CONFIG_NAME = "catsparse.json"
+CALIBRATION_NAME = "calibration.safetensors"
+FORMAT_VERSION = 1
+METHODS = ("cats", "chess")
+PREFILL_POLICIES = ("masked", "dense")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+# A thousand sites take about 200 kB; anything near this limit is not one of our files.
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The dense model that an artifact belongs to."""
+
+    name_or_path: str
+    model_type: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the calibration statistics came from."""
+
+    data: str
+    tokens: int
+    seq_len: int
+    seed: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One gated MLP.
+
+    ``threshold`` is on the method's score scale: |g| for ``cats``, |g| sqrt(E[u^2]) for ``chess``
+    (whose per-neuron thresholds are tensors); negative keeps every neuron. ``sparsity`` is the
+    fraction of neurons dropped on the calibration tokens.
+    """
+
+    threshold: float
+    sparsity: float
+    act: str
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Everything of a sparse model but its tensors; maps one to one to ``catsparse.json``.
+
+    A config whose method is ``cats`` and which does not compensate is complete by itself:
+    ``sparsify(model, config)`` needs no calibration.
+
+    Raises:
+        CatsparseError: a field is out of its range.
+    """
+
+    sites: dict[str, SiteConfig]
+    method: str = "cats"
+    compensate: bool = False
+    sparsity: float = 0.5
+    measured_sparsity: float | None = None
+    prefill: str = "masked"
+    base_model: BaseModel | None = None
+    calibration: Provenance | None = None
+    catsparse_version: str = ""
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("prefill", self.prefill, PREFILL_POLICIES)
+        check_sparsity(self.sparsity)
+        if not self.sites:
+            raise CatsparseError("the config lists no site; name at least one gated MLP")
+        for name, site in self.sites.items():
+            check_choice(f"act of {name}", site.act, ACTIVATIONS)
+            if not math.isfinite(site.threshold):
+                raise CatsparseError(
+                    f"the threshold of {name} is {site.threshold}; it must be a finite number"
+                )
+            if not 0.0 <= site.sparsity <= 1.0:
+                raise CatsparseError(
+                    f"the sparsity of {name} is {site.sparsity}; it must lie between 0 and 1"
+                )
+            if site.hidden_size < 1 or site.intermediate_size < 1:
+                raise CatsparseError(f"the sizes of {name} must be at least 1")
+
+    @property
+    def bytes_skipped(self) -> float:
+        """Fraction of the sites' MLP weight bytes a decoded token does not read (2s/3 a site)."""
+        size = {name: s.hidden_size * s.intermediate_size for name, s in self.sites.items()}
+        skipped = sum(2 / 3 * s.sparsity * size[name] for name, s in self.sites.items())
+        return skipped / sum(size.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = CONFIG_NAME) -> SparsityConfig:
+        """Parse and check ``catsparse.json``.
+
+        Raises:
+            CatsparseError: not JSON, a newer format, a missing or unknown key, a wrong type.
+        """
+        try:
+            raw = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise CatsparseError(
+                f"{source} is not readable JSON ({error}); save it again"
+            ) from error
+        if not isinstance(raw, dict):
+            raise CatsparseError(f"{source} must hold a JSON object")
+        version = raw.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CatsparseError(f"{source} has no format_version; it is not a catsparse file")
+        if version > FORMAT_VERSION:
+            raise CatsparseError(
+                f"{source} has format version {version}, this catsparse reads up to "
+                f"{FORMAT_VERSION}: upgrade with 'pip install -U catsparse'"
+            )
+        config: SparsityConfig = _build(cls, raw, source)
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> SparsityConfig:
+        """Read ``catsparse.json``; its size is checked before it is read."""
+        try:
+            if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+                raise CatsparseError(
+                    f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} a catsparse.json "
+                    "can need; it is not one of ours"
+                )
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise CatsparseError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise CatsparseError(f"{path} is not UTF-8 text; save it again") from error
+        return cls.from_json(text, str(path))
+
+
+def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CatsparseError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_sparsity(value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise CatsparseError(f"sparsity must be at least 0 and below 1, not {value}")
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary)`` beside ``path``, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide a shared artifact
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+_PARTS: dict[str, type] = {"base_model": BaseModel, "calibration": Provenance}
+_PRIMITIVES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "bool": (bool,),
+}
+
+
+def _build(cls: type, raw: object, where: str) -> Any:
+    """Build dataclass ``cls`` from parsed JSON, refusing unknown, missing and ill-typed keys."""
+    if not isinstance(raw, dict):
+        raise CatsparseError(f"{where} must be a JSON object, not {type(raw).__name__}")
+    known = {f.name: f for f in fields(cls)}
+    if unknown := sorted(set(raw) - set(known)):
+        shown = ", ".join(repr(key[:40]) for key in unknown[:3])
+        raise CatsparseError(
+            f"{where} has unknown keys ({shown}{', ...' if len(unknown) > 3 else ''}); "
+            "remove them or upgrade catsparse"
+        )
+    if missing := sorted(set(known) - set(raw)):
+        raise CatsparseError(f"{where} lacks {', '.join(missing)}; save it again")
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        here = f"{where}: {name}"
+        if name == "sites":
+            if not isinstance(value, dict):
+                raise CatsparseError(f"{here} must be a JSON object")
+            values[name] = {k: _build(SiteConfig, v, f"{here}: {k}") for k, v in value.items()}
+        elif name in _PARTS:
+            values[name] = None if value is None else _build(_PARTS[name], value, here)
+        else:
+            kinds = _PRIMITIVES[str(known[name].type)]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise CatsparseError(f"{here} must be {known[name].type}, not {str(value)[:40]!r}")
+            values[name] = value
+    return cls(**values)

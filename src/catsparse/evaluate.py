@@ -1,0 +1,138 @@
+"""Perplexity with its standard error, dense beside sparse on the same windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from .errors import CatsparseError
+from .meter import achieved_sparsity
+from .modules import sparse_modules
+from .surgery import run_dense
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per token.
+
+    Attributes:
+        value: the perplexity.
+        standard_error: of ``value``, from the spread of the windows' means.
+        losses: ``[N]`` fp64, each window's mean negative log-likelihood in nats.
+    """
+
+    value: float
+    standard_error: float
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A sparse model's quality beside its dense self.
+
+    Attributes:
+        tokens: tokens scored.
+        perplexity, dense_perplexity: of the sparse and the dense forward.
+        rise: perplexity over dense perplexity, less 1.
+        rise_standard_error: of ``rise``, from paired windows.
+        sparsity: fraction of neurons dropped over all sites.
+        bytes_skipped: fraction of the MLPs' weight bytes decode need not read.
+        sites: fraction of neurons dropped, by site.
+    """
+
+    tokens: int
+    perplexity: Perplexity
+    dense_perplexity: Perplexity
+    rise: float
+    rise_standard_error: float
+    sparsity: float
+    bytes_skipped: float
+    sites: dict[str, float]
+
+
+def perplexity(
+    model: Any, windows: Tensor, batch_size: int = 4, progress: bool = True, label: str = "scoring"
+) -> Perplexity:
+    """Score each window of ``windows`` ``[N, L]`` on its own (its first token is only context).
+
+    Raises:
+        CatsparseError: no window, or a loss that is not finite.
+    """
+    if windows.dim() != 2 or windows.numel() == 0 or windows.shape[1] < 2:
+        raise CatsparseError("windows must be token ids [N, L] with N >= 1 and L >= 2")
+    batches = windows.split(batch_size)
+    shown = track(
+        batches, label, console=Console(stderr=True), transient=True, disable=not progress
+    )
+    losses = []
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for ids in shown:
+            ids = ids.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            for row, targets in zip(logits, ids, strict=True):
+                losses.append(F.cross_entropy(row[:-1].float(), targets[1:]).double().cpu())
+    model.train(was_training)
+    values = torch.stack(losses)
+    mean = float(values.mean())
+    if not math.isfinite(mean):
+        raise CatsparseError("the loss is not finite; load the model in bf16 or fp32")
+    return Perplexity(math.exp(mean), math.exp(mean) * _standard_error(values), values)
+
+
+def evaluate(
+    model: Any,
+    windows: Tensor,
+    batch_size: int = 4,
+    progress: bool = True,
+    dense: Perplexity | None = None,
+) -> Evaluation:
+    """Perplexity of a sparse model and of its dense forward.
+
+    Every token is thresholded, whatever the prefill policy: the policy ``dense`` would hide the
+    loss that decode meets.
+
+    Args:
+        model: a sparse model.
+        windows: token ids ``[N, L]``.
+        dense: the dense perplexity on the same windows, if it is known already.
+    """
+    if dense is None:
+        with run_dense(model):
+            dense = perplexity(model, windows, batch_size, progress, "scoring dense")
+    modules = sparse_modules(model).values()
+    policies = [module.catsparse_prefill for module in modules]
+    try:
+        for module in modules:
+            module.catsparse_prefill = "masked"
+        with achieved_sparsity(model) as meter:
+            sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
+    finally:
+        for module, policy in zip(modules, policies, strict=True):
+            module.catsparse_prefill = policy
+    rise = sparse.value / dense.value
+    return Evaluation(
+        tokens=windows.shape[0] * (windows.shape[1] - 1),
+        perplexity=sparse,
+        dense_perplexity=dense,
+        rise=rise - 1,
+        rise_standard_error=rise * _standard_error(sparse.losses - dense.losses),
+        sparsity=meter.sparsity,
+        bytes_skipped=meter.bytes_skipped,
+        sites=meter.sites,
+    )
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean of ``values``; nan for a single one."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std()) / math.sqrt(len(values))

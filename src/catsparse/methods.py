@@ -1,0 +1,92 @@
+"""Scoring rules: from a site's statistics and a sparsity to thresholds and compensation.
+
+A new method is one more function in :data:`METHODS`: it returns for each neuron the highest bf16
+magnitude bin that is dropped. Everything else (thresholds, means, measured sparsity) follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import check_choice
+from .statistics import DroppedMass, SiteStatistics, bins_below, threshold_above
+
+
+@dataclass(frozen=True)
+class SiteThreshold:
+    """What one site needs to run sparse.
+
+    Attributes:
+        threshold: fp32, 0-d or ``[I]``; a neuron is kept iff |g| > threshold.
+        mean: fp32 ``[I]``, E[g u | dropped] of each neuron, or None without compensation.
+        scalar: the one number behind the threshold, on the method's score scale.
+        sparsity: fraction of neurons dropped on the calibration tokens.
+    """
+
+    threshold: Tensor
+    mean: Tensor | None
+    scalar: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class _Cut:
+    bins: Tensor  # [I] or 0-d: the highest bin dropped, -1 for none
+    scalar: float
+
+
+def site_threshold(
+    statistics: SiteStatistics, method: str, sparsity: float, compensate: bool
+) -> SiteThreshold:
+    """Thresholds (and means, if ``compensate``) that drop ``sparsity`` of the site's neurons."""
+    check_choice("method", method, tuple(METHODS))
+    mass = DroppedMass(statistics)
+    cut = METHODS[method](statistics, mass, sparsity)
+    bins = cut.bins.expand(statistics.neurons)
+    count, total = mass.at(bins)
+    mean = None
+    if compensate:
+        mean = torch.where(count > 0, total / count.clamp(min=1e-9), 0.0).float()
+    dropped = float(count.sum()) / (statistics.tokens * statistics.neurons)
+    return SiteThreshold(threshold_above(cut.bins), mean, cut.scalar, dropped)
+
+
+def _cats(statistics: SiteStatistics, mass: DroppedMass, sparsity: float) -> _Cut:
+    """One threshold a layer: the s-quantile of |g| (CATS, arXiv 2404.08763, section 3)."""
+    bins = torch.tensor(statistics.quantile_bin(sparsity))
+    return _Cut(bins, float(threshold_above(bins)))
+
+
+def _chess(statistics: SiteStatistics, mass: DroppedMass, sparsity: float) -> _Cut:
+    """One threshold a neuron: t_i = sqrt(T / E[u_i^2]), T the s-quantile of g_i^2 E[u_i^2].
+
+    CHESS (arXiv 2409.01366), channel-wise thresholding: a neuron's score is the expected square
+    of its product. ``scalar`` is sqrt(T).
+    """
+    rms = statistics.up_rms
+    if sparsity == 0:
+        return _Cut(torch.full((statistics.neurons,), -1), -1.0)
+    target = sparsity * statistics.tokens * statistics.neurons
+
+    def bins_at(log2_root: float) -> Tensor:
+        # A dead up projection (rms 0) is always dropped: the largest finite bin.
+        return bins_below((2.0**log2_root / rms).clamp(max=3e38).float())
+
+    low, high = -60.0, 60.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(mass.at(bins_at(middle))[0].sum()) < target:
+            low = middle
+        else:
+            high = middle
+    return _Cut(bins_at(high), 2.0**high)
+
+
+METHODS: dict[str, Callable[[SiteStatistics, DroppedMass, float], _Cut]] = {
+    "cats": _cats,
+    "chess": _chess,
+}

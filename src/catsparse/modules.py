@@ -1,0 +1,271 @@
+"""The sparse forward of a gated MLP.
+
+A sparse MLP is the dense module with its class changed in place: names, parameters, hooks, LoRA
+adapters and tensor-parallel plans survive, and :func:`remove_sparsity` gives the dense module
+back. Thresholds live in non-persistent fp32 buffers that ``.to(dtype)`` does not round.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp, masked_hidden
+from .sites import Site
+
+# Names that make a sparse class: gate, up, kind of activation, its child, down.
+Parts = tuple[str, str | None, str, str | None, str]
+
+_BUFFERS = ("catsparse_threshold", "catsparse_mean", "catsparse_bias")
+
+
+class KeepCounter(Protocol):
+    """What a sparsity meter hangs on a module: called with the keep mask ``[..., I]``."""
+
+    def __call__(self, keep: Tensor) -> None: ...
+
+
+class SparseMLP(nn.Module):
+    """Mixin put before the dense class; see :func:`add_sparsity`.
+
+    Few tokens (decode, at most ``MAX_OP_TOKENS``) run ``catsparse::gated_mlp`` on the raw weights.
+    More tokens, training, and children whose weights cannot be read (LoRA, quantized, offloaded,
+    hooked, with a bias) call the children and mask between them: the same maths. With the
+    ``dense`` prefill policy calls above ``MAX_OP_TOKENS`` are not masked at all.
+    """
+
+    # Set by sparse_class: the children's names, constant for torch.compile.
+    site_gate: ClassVar[str]
+    site_up: ClassVar[str | None]
+    site_act: ClassVar[str]
+    site_act_child: ClassVar[str | None]
+    site_down: ClassVar[str]
+    dense_class: ClassVar[type[nn.Module]]
+
+    catsparse_threshold: Tensor
+    catsparse_mean: Tensor | None
+    catsparse_bias: Tensor | None
+    catsparse_prefill: str
+    catsparse_enabled: bool
+    catsparse_counter: KeepCounter | None
+    _catsparse_bias_key: tuple[int, int] | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``, dropping neurons whose |gate| is at most the threshold."""
+        # Packed batches are (1, T, H): the number of tokens decides, never shape[1].
+        few = x.numel() <= MAX_OP_TOKENS * x.shape[-1]
+        if not self.catsparse_enabled or (self.catsparse_prefill == "dense" and not few):
+            return super().forward(x)  # type: ignore[no-any-return]
+        if few and self.catsparse_counter is None and not torch.is_grad_enabled():
+            weights = self.raw_weights(x.dtype)
+            if weights is not None and self._bias_is_ready():
+                w_gate, w_up, w_down = weights
+                return gated_mlp(
+                    x,
+                    w_gate,
+                    w_up,
+                    w_down.t(),
+                    self.catsparse_threshold,
+                    self.site_act,
+                    self.catsparse_mean,
+                    self.catsparse_bias,
+                )
+        return self._masked(x)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        gate = getattr(self, self.site_gate)(x)
+        if self.site_up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        else:
+            up = getattr(self, self.site_up)(x)
+        act: Callable[[Tensor], Tensor]
+        act = getattr(self, self.site_act_child) if self.site_act_child else _act(self.site_act)
+        g = act(gate)
+        if self.catsparse_counter is not None:
+            self.catsparse_counter(g.float().abs() > self.catsparse_threshold)
+        h = masked_hidden(g, up, self.catsparse_threshold, self.catsparse_mean)
+        return getattr(self, self.site_down)(h)  # type: ignore[no-any-return]
+
+    def raw_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
+        if self.why_not_raw(dtype) is not None:
+            return None
+        down: Tensor = getattr(self, self.site_down).weight
+        gate: Tensor = getattr(self, self.site_gate).weight
+        if self.site_up is not None:
+            return gate, getattr(self, self.site_up).weight, down
+        half = gate.shape[0] // 2
+        return gate[:half], gate[half:], down
+
+    def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
+        """Why the children must be called instead of reading their weights; None if they can be."""
+        for name in (self.site_gate, self.site_up, self.site_down):
+            if name is None:
+                continue
+            child = getattr(self, name)
+            if type(child) is not nn.Linear:
+                return f"{name} is {type(child).__name__}"
+            if type(child.weight) is not nn.Parameter:
+                return f"{name} holds {type(child.weight).__name__}"
+            if child.bias is not None:
+                return f"{name} has a bias"
+            if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+                return f"{name} is hooked"
+            if child.weight.device.type == "meta":
+                return f"{name} is offloaded"
+            if dtype is not None and child.weight.dtype != dtype:
+                return f"{name} is {child.weight.dtype}, its input {dtype}"
+        return None
+
+    def _bias_is_ready(self) -> bool:
+        """Whether the bias matches the weights; computes it again after a merge or a step."""
+        if self.catsparse_mean is None:
+            return True
+        if not torch.compiler.is_compiling():
+            weight: Tensor = getattr(self, self.site_down).weight
+            if self._catsparse_bias_key != _version(weight):
+                self.refresh_bias()
+        return self.catsparse_bias is not None
+
+    @torch.no_grad()
+    def refresh_bias(self) -> None:
+        """Compute the compensation's bias, w_down @ mean, where the weight can be read."""
+        if self.catsparse_mean is None or self.why_not_raw() is not None:
+            self.catsparse_bias, self._catsparse_bias_key = None, None
+            return
+        weight: Tensor = getattr(self, self.site_down).weight
+        mean = self.catsparse_mean.to(weight.device)
+        # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
+        self.catsparse_bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+        self._catsparse_bias_key = _version(weight)
+
+    def train(self, mode: bool = True) -> SparseMLP:
+        super().train(mode)
+        if not mode and self.why_not_raw() is None:
+            self._bias_is_ready()  # a compiled forward cannot notice changed weights
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.site_down:
+            # A LoRA merge writes through .data, unseen by the version counter, but always swaps
+            # the child out and in.
+            self.__dict__["_catsparse_bias_key"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
+        exact = {name: self._buffers.get(name) for name in _BUFFERS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = self._buffers.get(name)
+            if value is not None and moved is not None:
+                # Same device as the others, but never rounded to their dtype.
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls = type(self)
+        parts = (cls.site_gate, cls.site_up, cls.site_act, cls.site_act_child, cls.site_down)
+        return _rebuild, (cls.dense_class, parts), self.__dict__
+
+
+def add_sparsity(
+    module: nn.Module, site: Site, threshold: Tensor, mean: Tensor | None, prefill: str
+) -> SparseMLP:
+    """Make the dense MLP at ``site`` sparse in place, by changing its class.
+
+    Args:
+        module: the dense module that ``site`` describes.
+        site: from :func:`catsparse.sites.find_sites`.
+        threshold: fp32, 0-d or ``[I]``.
+        mean: fp32 ``[I]`` compensation, or None.
+        prefill: ``masked`` or ``dense``.
+    """
+    device = _device(module)
+    cls = sparse_class(type(module), (site.gate, site.up, site.act, site.act_child, site.down))
+    module.__class__ = cls
+    assert isinstance(module, SparseMLP)
+    values = (threshold.to(device), None if mean is None else mean.to(device), None)
+    for name, value in zip(_BUFFERS, values, strict=True):
+        module.register_buffer(name, value, persistent=False)
+    module.catsparse_prefill = prefill
+    module.catsparse_enabled = True
+    module.catsparse_counter = None
+    module._catsparse_bias_key = None
+    _rebind_hooked_forward(module)
+    module.refresh_bias()
+    return module
+
+
+def remove_sparsity(module: SparseMLP) -> nn.Module:
+    """Undo :func:`add_sparsity`; the parameters are the very same objects."""
+    for name in _BUFFERS:
+        delattr(module, name)
+    for name in (
+        "catsparse_prefill",
+        "catsparse_enabled",
+        "catsparse_counter",
+        "_catsparse_bias_key",
+    ):
+        delattr(module, name)
+    module.__class__ = module.dense_class  # type: ignore[assignment]
+    _rebind_hooked_forward(module)
+    return module
+
+
+@functools.cache
+def sparse_class(dense: Hashable, parts: Parts) -> type[SparseMLP]:
+    """The sparse counterpart of a dense MLP class, for given (gate, up, act, act child, down)."""
+    assert isinstance(dense, type)
+    gate, up, act, act_child, down = parts
+    members = {
+        "site_gate": gate,
+        "site_up": up,
+        "site_act": act,
+        "site_act_child": act_child,
+        "site_down": down,
+        "dense_class": dense,
+        "__module__": __name__,
+    }
+    return type(f"Sparse{dense.__name__}", (SparseMLP, dense), members)
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
+    """The sparse MLPs of a model by name, in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseMLP)}
+
+
+def _rebuild(dense: Hashable, parts: Parts) -> SparseMLP:
+    cls = sparse_class(dense, parts)
+    return cls.__new__(cls)
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _act(kind: str) -> Callable[[Tensor], Tensor]:
+    return ACTIVATIONS[kind]
+
+
+def _rebind_hooked_forward(module: nn.Module) -> None:
+    """accelerate keeps the bound forward it wrapped in ``_old_forward``: point it at the class."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where the module computes; for offloaded weights the device their hook runs on."""
+    parameter = next(module.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")

@@ -1,0 +1,219 @@
+"""sparsify / densify: put thresholds on a model's gated MLPs, in place, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._version import __version__
+from .calibration import Calibration, require_sites
+from .config import PREFILL_POLICIES, BaseModel, SiteConfig, SparsityConfig, check_choice
+from .errors import CatsparseError
+from .methods import SiteThreshold
+from .modules import add_sparsity, remove_sparsity, sparse_modules
+from .sites import Site, describe, find_sites
+
+
+def sparsify(
+    model: Any,
+    calibration_or_config: Calibration | SparsityConfig,
+    sparsity: float = 0.5,
+    method: str = "chess",
+    compensate: bool = True,
+    prefill: str = "masked",
+) -> Any:
+    """Make ``model`` activation-sparse in place and return it.
+
+    Example::
+
+        calibration = catsparse.calibrate(model, texts, tokenizer)
+        catsparse.sparsify(model, calibration, sparsity=0.5)
+
+    Args:
+        model: the dense model that was calibrated; parameters and names are not touched.
+        calibration_or_config: a :class:`Calibration`, or a :class:`SparsityConfig` of method
+            ``cats`` without compensation, whose scalar thresholds are used as they are (the
+            other arguments are then the config's own).
+        sparsity: fraction of neurons to drop, 0 <= sparsity < 1; 0 keeps the dense result.
+        method: ``cats`` (one threshold a layer) or ``chess`` (one a neuron).
+        compensate: replace a dropped neuron by its mean over the tokens it is dropped on.
+        prefill: ``masked`` (every token is thresholded) or ``dense`` (calls of more than 16
+            tokens run dense, so only decode is sparse).
+
+    Raises:
+        CatsparseError: the model's gated MLPs are not those that were calibrated.
+    """
+    if isinstance(calibration_or_config, SparsityConfig):
+        config = calibration_or_config
+        return apply_thresholds(model, config, _scalar_thresholds(config), None)
+    calibration = calibration_or_config
+    check_choice("prefill", prefill, PREFILL_POLICIES)
+    thresholds = calibration.thresholds(sparsity, method, compensate)
+    sites = {
+        name: SiteConfig(
+            t.scalar,
+            t.sparsity,
+            calibration.sites[name].act,
+            calibration.sites[name].hidden_size,
+            calibration.sites[name].intermediate_size,
+        )
+        for name, t in thresholds.items()
+    }
+    config = SparsityConfig(
+        sites=sites,
+        method=method,
+        compensate=compensate,
+        sparsity=sparsity,
+        measured_sparsity=_mean_sparsity(sites),
+        prefill=prefill,
+        base_model=base_model_of(model),
+        calibration=calibration.provenance,
+        catsparse_version=__version__,
+    )
+    return apply_thresholds(model, config, thresholds, calibration)
+
+
+def densify(model: Any) -> Any:
+    """Undo :func:`sparsify` in place and return the model; its parameters are the same objects."""
+    modules = sparse_modules(model)
+    if not modules:
+        raise CatsparseError("the model is not sparse; there is nothing to undo")
+    for module in modules.values():
+        remove_sparsity(module)
+    owner = _state_owner(model)
+    if owner is not None:
+        del owner.catsparse
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(
+        quantizer, "forget"
+    ):  # a merged directory: do not save it as sparse any more
+        quantizer.forget(model)
+    return model
+
+
+@contextmanager
+def run_dense(model: nn.Module) -> Iterator[None]:
+    """Run a sparse model's dense forward inside the ``with`` block; nothing is copied."""
+    modules = sparse_modules(model).values()
+    try:
+        for module in modules:
+            module.catsparse_enabled = False
+        yield
+    finally:
+        for module in modules:
+            module.catsparse_enabled = True
+
+
+@dataclass(frozen=True)
+class SparseState:
+    """What a sparse model remembers in ``model.catsparse``, so that it can be saved."""
+
+    config: SparsityConfig
+    thresholds: dict[str, SiteThreshold]
+    calibration: Calibration | None
+
+
+def apply_thresholds(
+    model: Any,
+    config: SparsityConfig,
+    thresholds: dict[str, SiteThreshold],
+    calibration: Calibration | None,
+) -> Any:
+    """Make every site of ``config`` sparse; nothing is changed if any of them does not fit."""
+    found = {site.name: site for site in require_sites(model)}
+    for name, wanted in config.sites.items():
+        _check_site(name, wanted, found)
+    for name in config.sites:
+        t = thresholds[name]
+        add_sparsity(model.get_submodule(name), found[name], t.threshold, t.mean, config.prefill)
+    model.catsparse = SparseState(config, thresholds, calibration)
+    return model
+
+
+def state_of(model: Any) -> SparseState:
+    """The sparse model's state.
+
+    Raises:
+        CatsparseError: the model is dense.
+    """
+    owner = _state_owner(model)
+    if owner is None:
+        raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
+    state: SparseState = owner.catsparse
+    return state
+
+
+def explain(model: nn.Module) -> str:
+    """How each gated MLP of ``model`` runs, and why near misses were left dense; one line each."""
+    sparse = sparse_modules(model)
+    lines = []
+    for name, module in sparse.items():
+        threshold = module.catsparse_threshold
+        kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
+        if module.catsparse_mean is not None:
+            kind += ", compensated"
+        reason = module.why_not_raw()
+        path = "catsparse::gated_mlp (torch)" if reason is None else f"masked children ({reason})"
+        lines.append(f"{name}: sparse, {kind}; decode by {path}")
+    sites, misses = find_sites(model)
+    sites = [site for site in sites if site.name not in sparse]
+    lines += [f"{site.name}: dense gated MLP ({site.act})" for site in sites]
+    misses = [m for m in misses if m.name not in sparse]
+    if misses:
+        lines.append(f"refused: {describe(misses, limit=20)}")
+    return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
+
+
+def base_model_of(model: Any) -> BaseModel | None:
+    """Name, type and revision of a transformers model; None for any other module."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return None
+    revision = getattr(config, "_commit_hash", None)
+    return BaseModel(str(getattr(config, "_name_or_path", "")), config.model_type, revision)
+
+
+def _check_site(name: str, wanted: SiteConfig, found: dict[str, Site]) -> None:
+    if name not in found:
+        raise CatsparseError(
+            f"the model has no gated MLP named {name[:80]!r} (it has {', '.join(list(found)[:3])}, "
+            "...); use the model that was calibrated"
+        )
+    site = found[name]
+    here = (site.act, site.hidden_size, site.intermediate_size)
+    there = (wanted.act, wanted.hidden_size, wanted.intermediate_size)
+    if here != there:
+        raise CatsparseError(
+            f"{name} is {here} (activation, hidden, intermediate size) in the model but {there} in "
+            "the calibration; use the model that was calibrated"
+        )
+
+
+def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
+    if config.method != "cats" or config.compensate:
+        raise CatsparseError(
+            "a config alone is enough only for method 'cats' without compensation; "
+            "give the calibration, or load the directory with catsparse.load"
+        )
+    return {
+        name: SiteThreshold(torch.tensor(s.threshold), None, s.threshold, s.sparsity)
+        for name, s in config.sites.items()
+    }
+
+
+def _mean_sparsity(sites: dict[str, SiteConfig]) -> float:
+    neurons = sum(site.intermediate_size for site in sites.values())
+    return sum(site.sparsity * site.intermediate_size for site in sites.values()) / neurons
+
+
+def _state_owner(model: Any) -> Any:
+    """The (sub)module that carries ``catsparse``: the model itself, or inside a PEFT wrapper."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("catsparse"), SparseState):
+            return module
+    return None
