@@ -26,8 +26,8 @@ def excerpt(book: Book, size: int, rng: random.Random) -> str | None:
     return None
 
 
-def excerpts(books: Iterable[Book], total: int, size: int, seed: int) -> str:
-    """Excerpts of different books, by different authors while those last."""
+def excerpts(books: Iterable[Book], total: int, size: int, seed: int) -> tuple[str, list[str]]:
+    """Excerpts of different books, by different authors while those last; and the titles."""
     rng = random.Random(seed)
     shuffled = list(books)
     rng.shuffle(shuffled)
@@ -38,13 +38,15 @@ def excerpts(books: Iterable[Book], total: int, size: int, seed: int) -> str:
         (repeated if book.author in seen else fresh).append(book)
         seen.add(book.author)
     parts: list[str] = []
+    titles: list[str] = []
     length = 0
     for book in fresh + repeated:
         part = excerpt(book, size, rng)
         if part is not None and length < total:
             parts.append(part)
+            titles.append(book.title)
             length += len(part.encode()) + 2
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n", titles
 
 
 def main() -> None:
@@ -59,9 +61,9 @@ def main() -> None:
         ("calibration.txt", args.data, 300_000, 10_500),
         ("heldout.txt", args.valid, 100_000, 12_000),
     ):
-        text = excerpts(read_books(source), total, size, args.seed)
+        text, titles = excerpts(read_books(source), total, size, args.seed)
         (args.out / name).write_bytes(text.encode())
-        print(f"{name}: {len(text.encode()):,} bytes")
+        print(f"{name}: {len(text.encode()):,} bytes of {len(titles)} books: {', '.join(titles)}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
 def window_loss(model: nn.Module, window: Tensor) -> Tensor:
     """Mean cross entropy of the tokens of `window` `[B, T + 1]` after the first."""
     logits = model(input_ids=window[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+    loss: Tensor = F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+    return loss
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -159,7 +160,8 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int, size: int = 64) -
     reach = torch.arange(context + 1, device=tokens.device)
     starts = torch.arange(count, device=tokens.device) * context
     total = 0.0
-    for part in starts.split(size):
+    for first in range(0, count, size):
+        part = starts[first : first + size]
         with autocast(tokens.device):
             loss = window_loss(model, tokens[part[:, None] + reach].long())
         total += float(loss) * len(part)
@@ -186,7 +188,9 @@ class Muon(torch.optim.Optimizer):
     """Muon with one Newton-Schulz per shape instead of one per matrix: a small model's step is
     bound by kernel launches. Updates have AdamW's usual size, so its learning rates fit."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, compiled: bool
+    ) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for param in params:
             shapes.setdefault(param.shape, []).append(param)
@@ -194,7 +198,9 @@ class Muon(torch.optim.Optimizer):
             [{"params": group} for group in shapes.values()],
             {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95},
         )
-        self.orthogonalize = orthogonalize
+        self.orthogonalize = (
+            torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -217,7 +223,7 @@ def make_optimizers(
     """Muon for the hidden matrices, AdamW for the embedding and the norms."""
     hidden = [param for param in model.model.layers.parameters() if param.ndim == 2]
     other = [param for param in model.parameters() if all(param is not h for h in hidden)]
-    muon = Muon(hidden, lr=args.lr, weight_decay=args.weight_decay)
+    muon = Muon(hidden, args.lr, args.weight_decay, compiled=args.compile)
     adamw = torch.optim.AdamW(other, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
@@ -239,12 +245,9 @@ def train(
 ) -> dict[str, float]:
     """Run the steps; with `--minutes` the clock, not the step count, drives the schedule."""
     optimizers = make_optimizers(model, args)
-    loss_of = window_loss
-    if args.compile:
-        loss_of = torch.compile(window_loss, dynamic=False)
-        optimizers[0].orthogonalize = torch.compile(orthogonalize, dynamic=False)  # type: ignore
+    loss_of = torch.compile(window_loss, dynamic=False) if args.compile else window_loss
     started = time.monotonic()
-    step, progress, seen = 0, 0.0, 0
+    step, progress, size = 0, 0.0, args.batch * args.context
     for window in batches(tokens, args.context, args.batch, args.seed):
         share = schedule(progress)
         for optimizer in optimizers:
@@ -262,9 +265,8 @@ def train(
             log(f"first step: {time.monotonic() - started:.1f} s")
             started = time.monotonic()
         step += 1
-        seen += window.shape[0] * args.context
         if step % args.log_every == 0:
-            value, rate = loss.item(), seen / (time.monotonic() - started)
+            value, rate = loss.item(), (step - 1) * size / (time.monotonic() - started)
             log(f"step {step}: loss {value:.3f}, lr x {share:.2f}, {rate:,.0f} tokens/s")
         if step % args.eval_every == 0:
             log(f"step {step}: held-out perplexity {perplexity(model, valid, args.context):.2f}")
@@ -276,7 +278,12 @@ def train(
             break
     held_out = perplexity(model, valid, args.context)
     seconds = time.monotonic() - started
-    return {"steps": step, "tokens": seen, "seconds": round(seconds, 1), "perplexity": held_out}
+    return {
+        "steps": step,
+        "tokens": step * size,
+        "seconds": round(seconds, 1),
+        "perplexity": held_out,
+    }
 
 
 # ---- command line ---------------------------------------------------------------------------
@@ -304,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=128, help="windows a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate of Muon")
     add("--adam-lr", type=float, default=3e-3, help="peak learning rate of AdamW")
-    add("--weight-decay", type=float, default=0.1, help="of the hidden matrices")
+    add("--weight-decay", type=float, default=0.2, help="of the hidden matrices")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--log-every", type=int, default=200)
     add("--eval-every", type=int, default=2000)
@@ -333,8 +340,8 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     GenerationConfig(
         do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
+        temperature=0.7,
+        top_p=0.9,
         repetition_penalty=1.1,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,

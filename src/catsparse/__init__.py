@@ -5,11 +5,12 @@ Importing also lets transformers restore merged directories (``quant_method: cat
 
 from . import hub
 from ._version import __version__
-from .calibration import Calibration, calibrate
+from .calibration import Calibration
 from .config import SparsityConfig
 from .errors import CatsparseError
 from .hub import load, save
 from .meter import achieved_sparsity
+from .observation import calibrate
 from .surgery import densify, explain, sparsify
 
 hub.register_with_transformers()

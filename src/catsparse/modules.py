@@ -7,9 +7,8 @@ back. Thresholds live in non-persistent fp32 buffers that ``.to(dtype)`` does no
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -217,21 +216,24 @@ def remove_sparsity(module: SparseMLP) -> nn.Module:
     return module
 
 
-@functools.cache
-def sparse_class(dense: Hashable, parts: Parts) -> type[SparseMLP]:
-    """The sparse counterpart of a dense MLP class, for given (gate, up, act, act child, down)."""
-    assert isinstance(dense, type)
-    gate, up, act, act_child, down = parts
-    members = {
-        "site_gate": gate,
-        "site_up": up,
-        "site_act": act,
-        "site_act_child": act_child,
-        "site_down": down,
-        "dense_class": dense,
-        "__module__": __name__,
-    }
-    return type(f"Sparse{dense.__name__}", (SparseMLP, dense), members)
+def sparse_class(dense: type[nn.Module], parts: Parts) -> type[SparseMLP]:
+    """The sparse counterpart of a dense MLP class; one class for equal arguments."""
+    if (dense, parts) not in _CLASSES:
+        gate, up, act, act_child, down = parts
+        members = {
+            "site_gate": gate,
+            "site_up": up,
+            "site_act": act,
+            "site_act_child": act_child,
+            "site_down": down,
+            "dense_class": dense,
+            "__module__": __name__,
+        }
+        _CLASSES[dense, parts] = type(f"Sparse{dense.__name__}", (SparseMLP, dense), members)
+    return _CLASSES[dense, parts]
+
+
+_CLASSES: dict[tuple[type[nn.Module], Parts], type[SparseMLP]] = {}
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
@@ -239,7 +241,7 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseMLP)}
 
 
-def _rebuild(dense: Hashable, parts: Parts) -> SparseMLP:
+def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
     cls = sparse_class(dense, parts)
     return cls.__new__(cls)
 

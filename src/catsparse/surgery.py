@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ._version import __version__
-from .calibration import Calibration, require_sites
+from .calibration import Calibration
 from .config import PREFILL_POLICIES, BaseModel, SiteConfig, SparsityConfig, check_choice
 from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import add_sparsity, remove_sparsity, sparse_modules
+from .observation import require_sites
 from .sites import Site, describe, find_sites
 
 
