@@ -177,7 +177,8 @@ def orthogonalize(update: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
@@ -278,12 +279,8 @@ def train(
             break
     held_out = perplexity(model, valid, args.context)
     seconds = time.monotonic() - started
-    return {
-        "steps": step,
-        "tokens": step * size,
-        "seconds": round(seconds, 1),
-        "perplexity": held_out,
-    }
+    figures = {"steps": step, "tokens": step * size, "seconds": seconds, "perplexity": held_out}
+    return {name: round(value, 2) for name, value in figures.items()}
 
 
 # ---- command line ---------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, float32
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, device, float32
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils import cached_file
@@ -121,6 +121,21 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise CatsparseError(f"cannot load the model {name}: {reason}") from error
     return model.eval()
+
+
+def load_skeleton(name: str) -> Any:
+    """The model's modules without its weights (on the meta device).
+
+    Raises:
+        CatsparseError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+        with device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CatsparseError(f"cannot read the model {name}: {reason}") from error
 
 
 def load_tokenizer(name: str) -> Any:

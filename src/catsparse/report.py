@@ -1,0 +1,195 @@
+"""Plots of an artifact directory: activation histograms with thresholds, sparsity by layer.
+
+Reads the artifact's files with numpy; no model and no torch are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from .config import CALIBRATION_NAME, CONFIG_NAME, SparsityConfig, write_atomic
+from .errors import CatsparseError
+
+_INK, _MUTED, _FILL, _MARK = "#1f2430", "#8a90a0", "#9db4d6", "#c4472d"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the plots need of one site.
+
+    Attributes:
+        name: module path.
+        counts: ``[32768]`` int64, tokens x neurons by bf16 magnitude of the activated gate.
+        thresholds: fp32, one or one a neuron.
+        sparsity: fraction dropped on the calibration tokens.
+    """
+
+    name: str
+    counts: NDArray[np.int64]
+    thresholds: NDArray[np.float32]
+    sparsity: float
+
+
+def read_layers(directory: str | Path) -> tuple[SparsityConfig, list[Layer]]:
+    """The config and the sites' histograms of an artifact directory.
+
+    Raises:
+        CatsparseError: the directory is no artifact, or was saved without its calibration.
+    """
+    root = Path(directory)
+    if not (root / CONFIG_NAME).is_file():
+        raise CatsparseError(f"{root} holds no {CONFIG_NAME}; is it a catsparse directory?")
+    config = SparsityConfig.from_file(root / CONFIG_NAME)
+    try:
+        with safe_open(root / CALIBRATION_NAME, framework="numpy") as file:
+            present = set(file.keys())
+            layers = [
+                Layer(
+                    name,
+                    file.get_tensor(f"{name}.histogram"),
+                    np.atleast_1d(file.get_tensor(f"{name}.threshold")),
+                    site.sparsity,
+                )
+                for name, site in config.sites.items()
+                if f"{name}.histogram" in present
+            ]
+    except (OSError, SafetensorError) as error:
+        raise CatsparseError(f"cannot read {root / CALIBRATION_NAME}: {error}") from error
+    if not layers:
+        raise CatsparseError(f"{root} was saved without calibration statistics; calibrate again")
+    return config, layers
+
+
+def plot_directory(
+    directory: str | Path, output: str | Path, layers: Sequence[int] | None = None
+) -> list[Path]:
+    """Draw ``histograms`` and ``sparsity`` as PNG and SVG into ``output``.
+
+    Args:
+        directory: an artifact.
+        output: folder for the four files.
+        layers: indices of the sites to draw histograms of; default: first, middle and last.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        CatsparseError: no such layer, or matplotlib is not installed.
+    """
+    config, sites = read_layers(directory)
+    if layers is None:
+        layers = sorted({0, len(sites) // 2, len(sites) - 1})
+    for index in layers:
+        if not 0 <= index < len(sites):
+            raise CatsparseError(f"there is no layer {index}; layers go from 0 to {len(sites) - 1}")
+    figures = {
+        "histograms": histogram_figure(config, [sites[index] for index in layers]),
+        "sparsity": sparsity_figure(config, sites),
+    }
+    paths = []
+    for name, figure in figures.items():
+        for suffix in ("png", "svg"):
+            path = Path(output) / f"{name}.{suffix}"
+            write_atomic(path, lambda p, f=figure, s=suffix: f.savefig(p, format=s, dpi=150))  # type: ignore[misc]
+            paths.append(path)
+    return paths
+
+
+def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
+    """Histogram of |act(gate)| for each layer with its threshold (the paper's figure 2)."""
+    figure = _new_figure(width=3.4 * len(layers) + 0.4, height=2.9)
+    axes = figure.subplots(1, len(layers), squeeze=False)[0]
+    for axis, layer in zip(axes, layers, strict=True):
+        values = _bin_values()
+        total = layer.counts.sum()
+        reach = values[np.searchsorted(layer.counts.cumsum(), 0.985 * total)]
+        edges = np.linspace(0.0, max(float(reach), 1e-6), 61)
+        shares, _ = np.histogram(values, bins=edges, weights=layer.counts / total)
+        axis.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=_FILL, linewidth=0)
+        middle = float(np.median(layer.thresholds))
+        axis.axvline(middle, color=_MARK, linewidth=1.4)
+        if len(layer.thresholds) > 1:
+            low, high = np.quantile(layer.thresholds, [0.1, 0.9])
+            axis.axvspan(float(low), float(high), color=_MARK, alpha=0.12, linewidth=0)
+            note = f"median t = {middle:.3g}\n10-90% of neurons shaded"
+        else:
+            note = f"t = {middle:.3g}"
+        axis.annotate(
+            note,
+            (middle, shares.max()),
+            xytext=(5, -4),
+            textcoords="offset points",
+            va="top",
+            color=_MARK,
+            fontsize=8,
+        )
+        axis.set_title(f"{layer.name}: {layer.sparsity:.0%} dropped", loc="left", fontsize=8.5)
+        axis.set_xlabel("|act(gate)|")
+        _plain(axis)
+    axes[0].set_ylabel("share of activations")
+    figure.suptitle(_heading(config), x=0.01, ha="left", fontsize=10, color=_INK)
+    return figure
+
+
+def sparsity_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
+    """Fraction of neurons dropped at each site on the calibration tokens."""
+    figure = _new_figure(width=max(4.5, 0.22 * len(layers) + 2.5), height=2.9)
+    axis = figure.subplots()
+    axis.bar(range(len(layers)), [layer.sparsity for layer in layers], color=_FILL, width=0.8)
+    axis.axhline(config.sparsity, color=_MARK, linewidth=1.2)
+    axis.annotate(
+        f"asked {config.sparsity:.0%}",
+        (len(layers) - 0.5, config.sparsity),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=_MARK,
+        fontsize=8,
+    )
+    axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_xlabel("gated MLP, in model order")
+    axis.set_ylabel("neurons dropped")
+    axis.set_title(_heading(config), loc="left", fontsize=10, color=_INK)
+    _plain(axis)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CatsparseError("plots need pip install 'catsparse[plot]'") from error
+    # Not pyplot: no global state, no display needed.
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _heading(config: SparsityConfig) -> str:
+    name = config.base_model.name_or_path if config.base_model else "model"
+    short = re.split(r"[\\/]", name.rstrip("/\\"))[-1]
+    compensated = ", compensated" if config.compensate else ""
+    return f"{short}: {config.method}{compensated} at {config.sparsity:.0%}"
+
+
+def _bin_values() -> NDArray[np.float32]:
+    """``[32768]``: the magnitude of each bf16 bit pattern; infinities and NaN count as the end."""
+    values = (np.arange(32768, dtype=np.uint32) << 16).view(np.float32)
+    return np.where(np.isfinite(values), values, np.finfo(np.float32).max).astype(np.float32)
+
+
+def _plain(axis: Any) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(_MUTED)
+    axis.tick_params(colors=_MUTED, labelsize=8)
+    axis.xaxis.label.set_color(_INK)
+    axis.yaxis.label.set_color(_INK)
