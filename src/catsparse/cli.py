@@ -12,11 +12,29 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ._version import __version__
-from .config import CONFIG_NAME, METHODS, PREFILL_POLICIES, check_choice, check_sparsity
+from .cli_common import (
+    BatchSize,
+    Column,
+    Data,
+    Device,
+    Directory,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    SeqLen,
+    Tokens,
+    err,
+    load,
+    load_dense,
+    out,
+    print_json,
+    token_windows,
+)
+from .config import METHODS, PREFILL_POLICIES, check_choice, check_sparsity
 from .errors import CatsparseError
 
 app = typer.Typer(
@@ -26,44 +44,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err = Console(stderr=True)
-out = Console()
 _debug = False
 
-Model = Annotated[
-    str, typer.Argument(help="Folder or Hub name of a model; 'default' is the bundled one.")
-]
-Directory = Annotated[str, typer.Argument(help="A folder written by 'catsparse sparsify'.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Text file (.txt/.xz/.gz/.jsonl/.parquet) or dataset; default: bundled."),
-]
-Column = Annotated[str, typer.Option(help="Text column of .jsonl, .parquet and datasets.")]
-Tokens = Annotated[int, typer.Option(help="Number of tokens.", min=2)]
-SeqLen = Annotated[int, typer.Option("--seq-len", help="Window length in tokens.", min=2)]
-BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")
-]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint says.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     global _debug
     _debug = debug
-    if version:
-        print(__version__)
-        raise typer.Exit
 
 
 @app.command()
@@ -108,9 +109,11 @@ def sparsify(
         if calibration is None or config.base_model is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
         source = config.base_model.name_or_path
-    dense, tokenizer = _load_dense(source, device, dtype)
+    dense, tokenizer = load_dense(source, device, dtype)
     if calibration is None:
-        windows, data_name = _windows(data, "calibration", tokenizer, tokens, seq_len, seed, column)
+        windows, data_name = token_windows(
+            data, "calibration", tokenizer, tokens, seq_len, seed, column
+        )
         try:
             calibration = calibrate(
                 dense,
@@ -139,7 +142,7 @@ def sparsify(
         "calibration_data": calibration.provenance.data,
     }
     if json:
-        _print_json(result)
+        print_json(result)
         return
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
@@ -162,13 +165,13 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Perplexity with its standard error; for a sparse folder the dense one beside it."""
-    from . import hub
     from .evaluate import evaluate as evaluate_model
     from .evaluate import perplexity
     from .modules import sparse_modules
+    from .surgery import state_of
 
-    loaded, tokenizer = _load(model, device, dtype)
-    windows, data_name = _windows(data, "heldout", tokenizer, tokens, seq_len, None, column)
+    loaded, tokenizer = load(model, device, dtype)
+    windows, data_name = token_windows(data, "heldout", tokenizer, tokens, seq_len, None, column)
     if not sparse_modules(loaded):
         dense = perplexity(loaded, windows, batch_size)
         result: dict[str, Any] = {
@@ -179,7 +182,7 @@ def evaluate(
             "perplexity_se": dense.standard_error,
         }
         if json:
-            _print_json(result)
+            print_json(result)
         else:
             out.print(
                 f"{model} (dense): perplexity {dense.value:.3f} ± {dense.standard_error:.3f} on "
@@ -187,7 +190,7 @@ def evaluate(
             )
         return
     e = evaluate_model(loaded, windows, batch_size)
-    config = hub.state_of(loaded).config
+    config = state_of(loaded).config
     result = {
         "model": model,
         "data": data_name,
@@ -205,7 +208,7 @@ def evaluate(
         "sites": e.sites,
     }
     if json:
-        _print_json(result)
+        print_json(result)
         return
     table = Table("", "perplexity", "rise", "neurons dropped", "MLP bytes skipped")
     d, s = e.dense_perplexity, e.perplexity
@@ -244,7 +247,7 @@ def generate(
     from .surgery import run_dense
     from .text import TextGenerator
 
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype)
     is_sparse = bool(sparse_modules(loaded))
     if compare and not is_sparse:
         raise CatsparseError(f"{model} is dense; --compare needs a folder made by sparsify")
@@ -267,7 +270,7 @@ def generate(
         "tokens_per_second": written.tokens_per_second,
     }
     if json:
-        _print_json(result)
+        print_json(result)
     else:
         err.print(f"{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s", style="dim")
 
@@ -282,7 +285,7 @@ def info(model: Model = "default", json: Json = False) -> None:
         skeleton = hub.load_skeleton(model)
         lines = explain(skeleton).split("\n")
         if json:
-            _print_json({"model": model, "modules": lines})
+            print_json({"model": model, "modules": lines})
         else:
             out.print(f"{model} ({type(skeleton).__name__})")
             out.print("\n".join(lines), highlight=False)
@@ -290,7 +293,7 @@ def info(model: Model = "default", json: Json = False) -> None:
     config, _, calibration = hub.read_artifact(model)
     if json:
         described = json_module.loads(config.to_json())
-        _print_json(described | {"bytes_skipped": config.bytes_skipped})
+        print_json(described | {"bytes_skipped": config.bytes_skipped})
         return
     base, origin = config.base_model, config.calibration
     out.print(
@@ -341,7 +344,7 @@ def plot(
         raise CatsparseError(f"--layers takes numbers as 0,5,11, not {layers!r}") from None
     paths = plot_directory(directory, output or Path(directory), chosen)
     if json:
-        _print_json({"plots": [str(path) for path in paths]})
+        print_json({"plots": [str(path) for path in paths]})
     else:
         for path in paths:
             print(path)
@@ -359,75 +362,7 @@ def demo(
 
     result = run_demo(output, show=None if json else out)
     if json:
-        _print_json(result)
-
-
-def _load_dense(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    from . import hub
-
-    return _placed(hub.load_dense_model(name, **_dtype_option(dtype)), device), hub.load_tokenizer(
-        name
-    )
-
-
-def _load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """A sparse folder or a dense model, with its tokenizer."""
-    from . import hub
-
-    if not hub.is_artifact(name):
-        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-            raise CatsparseError(f"{name} holds neither {CONFIG_NAME} nor a model's config.json")
-        return _load_dense(name, device, dtype)
-    return _placed(hub.load(name, **_dtype_option(dtype)), device), hub.load_tokenizer(name)
-
-
-def _dtype_option(dtype: str) -> dict[str, str]:
-    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    _quiet_transformers()
-    return {"dtype": dtype}
-
-
-def _placed(model: Any, device: str | None) -> Any:
-    import torch
-
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CatsparseError(f"cannot use the device {name}: {reason}") from error
-
-
-def _windows(
-    data: str | None,
-    bundled: str,
-    tokenizer: Any,
-    tokens: int,
-    seq_len: int,
-    seed: int | None,
-    column: str,
-) -> tuple[Any, str]:
-    from . import hub
-    from .data import load_windows
-
-    source = data or str(hub.bundled_text(bundled))
-    windows = load_windows(
-        source, tokenizer, tokens=tokens, seq_len=seq_len, seed=seed, column=column
-    )
-    if data is not None and windows.numel() < tokens // seq_len * seq_len:
-        err.print(f"{data} holds only {windows.numel():,} tokens of the {tokens:,} asked for")
-    return windows, data or f"the bundled {bundled} text"
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _print_json(value: object) -> None:
-    print(json_module.dumps(value, indent=2))
+        print_json(result)
 
 
 def main() -> NoReturn:
@@ -437,7 +372,7 @@ def main() -> NoReturn:
     except CatsparseError as error:
         if _debug:
             raise
-        err.print(f"error: {error}", style="red", highlight=False, markup=False)
+        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except Exception as error:
         if _debug:
@@ -448,6 +383,7 @@ def main() -> NoReturn:
             style="red",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         sys.exit(1)
     sys.exit(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import hub
 from .data import load_windows
@@ -54,9 +55,8 @@ def run_demo(output: Path, show: Console | None) -> dict[str, Any]:
     if show is not None:
         show.print(_table(evaluations))
         for name, text in texts.items():
-            show.rule(name, align="left")
-            show.print(PROMPT, style="bold", end="", highlight=False)
-            show.print(text, highlight=False, markup=False)
+            show.rule(f"{name}, the same seed", align="left")
+            show.print(Text.assemble((PROMPT, "bold"), text))
         show.rule(align="left")
         for path in plots:
             show.print(str(path), highlight=False, soft_wrap=True)

@@ -108,11 +108,12 @@ def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
     figure = _new_figure(width=3.4 * len(layers) + 0.4, height=2.9)
     axes = figure.subplots(1, len(layers), squeeze=False)[0]
     for axis, layer in zip(axes, layers, strict=True):
-        values = _bin_values()
-        total = layer.counts.sum()
-        reach = values[np.searchsorted(layer.counts.cumsum(), 0.985 * total)]
+        upper = _bin_edges()
+        share_below = layer.counts.cumsum() / layer.counts.sum()
+        reach = upper[np.searchsorted(share_below, 0.985)]
         edges = np.linspace(0.0, max(float(reach), 1e-6), 61)
-        shares, _ = np.histogram(values, bins=edges, weights=layer.counts / total)
+        # Through the cumulative share, so that a bf16 bin is spread over the bars it spans.
+        shares = np.diff(np.interp(edges, upper, share_below, left=0.0))
         axis.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=_FILL, linewidth=0)
         middle = float(np.median(layer.thresholds))
         axis.axvline(middle, color=_MARK, linewidth=1.4)
@@ -130,6 +131,7 @@ def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
             va="top",
             color=_MARK,
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
         axis.set_title(f"{layer.name}: {layer.sparsity:.0%} dropped", loc="left", fontsize=8.5)
         axis.set_xlabel("|act(gate)|")
@@ -179,10 +181,11 @@ def _heading(config: SparsityConfig) -> str:
     return f"{short}: {config.method}{compensated} at {config.sparsity:.0%}"
 
 
-def _bin_values() -> NDArray[np.float32]:
-    """``[32768]``: the magnitude of each bf16 bit pattern; infinities and NaN count as the end."""
-    values = (np.arange(32768, dtype=np.uint32) << 16).view(np.float32)
-    return np.where(np.isfinite(values), values, np.finfo(np.float32).max).astype(np.float32)
+def _bin_edges() -> NDArray[np.float64]:
+    """``[32768]``: the upper edge of each bf16 magnitude's bin, increasing and finite."""
+    bits = np.arange(32768, dtype=np.uint32)
+    edges = ((bits << 16) | 0x8000).view(np.float32).astype(np.float64)
+    return np.where(np.isfinite(edges), edges, float(np.finfo(np.float32).max))
 
 
 def _plain(axis: Any) -> None:

@@ -1,0 +1,46 @@
+# Every target does its own set-up; `make demo` and `make test` work on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= out
+
+.PHONY: help setup demo test lint type bench docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup: $(READY)  ## virtual environment with everything pinned
+
+# torch goes first and alone: pulled in by another package it would be the CUDA build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## the whole path on the bundled model: a table, two texts, plots
+	$(BIN)/catsparse demo --output $(OUT)/demo
+
+test: $(READY)  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(READY)  ## quality table and calibration cost -> benchmarks/results
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/calibration.py
+
+docs: $(READY)  ## build the site into site/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything that the targets made
+	rm -rf $(VENV) $(OUT) site .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,105 @@
+"""What the subcommands share: option types, loading models and text, printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .config import CONFIG_NAME, check_choice
+from .errors import CatsparseError
+
+err = Console(stderr=True)
+out = Console()
+
+Model = Annotated[
+    str, typer.Argument(help="Folder or Hub name of a model; 'default' is the bundled one.")
+]
+Directory = Annotated[str, typer.Argument(help="A folder written by 'catsparse sparsify'.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text file (.txt/.xz/.gz/.jsonl/.parquet) or dataset; default: bundled."),
+]
+Column = Annotated[str, typer.Option(help="Text column of .jsonl, .parquet and datasets.")]
+Tokens = Annotated[int, typer.Option(help="Number of tokens.", min=2)]
+SeqLen = Annotated[int, typer.Option("--seq-len", help="Window length in tokens.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint says.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def load_dense(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    from . import hub
+
+    return _placed(hub.load_dense_model(name, **_dtype_option(dtype)), device), hub.load_tokenizer(
+        name
+    )
+
+
+def load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """A sparse folder or a dense model, with its tokenizer."""
+    from . import hub
+
+    if not hub.is_artifact(name):
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            raise CatsparseError(f"{name} holds neither {CONFIG_NAME} nor a model's config.json")
+        return load_dense(name, device, dtype)
+    return _placed(hub.load(name, **_dtype_option(dtype)), device), hub.load_tokenizer(name)
+
+
+def _dtype_option(dtype: str) -> dict[str, str]:
+    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    _quiet_transformers()
+    return {"dtype": dtype}
+
+
+def _placed(model: Any, device: str | None) -> Any:
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CatsparseError(f"cannot use the device {name}: {reason}") from error
+
+
+def token_windows(
+    data: str | None,
+    bundled: str,
+    tokenizer: Any,
+    tokens: int,
+    seq_len: int,
+    seed: int | None,
+    column: str,
+) -> tuple[Any, str]:
+    from . import hub
+    from .data import load_windows
+
+    source = data or str(hub.bundled_text(bundled))
+    windows = load_windows(
+        source, tokenizer, tokens=tokens, seq_len=seq_len, seed=seed, column=column
+    )
+    if data is not None and windows.numel() < tokens // seq_len * seq_len:
+        err.print(f"{data} holds only {windows.numel():,} tokens of the {tokens:,} asked for")
+    return windows, data or f"the bundled {bundled} text"
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
