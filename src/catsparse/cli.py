@@ -100,16 +100,18 @@ def sparsify(
     from . import hub
     from .calibration import Calibration
     from .observation import calibrate
+    from .surgery import densify, state_of
     from .surgery import sparsify as sparsify_model
 
     calibration: Calibration | None = None
-    source = model
     if hub.is_artifact(model):
-        config, _, calibration = hub.read_artifact(model)
-        if calibration is None or config.base_model is None:
+        sparse, tokenizer = load(model, device, dtype)
+        calibration = state_of(sparse).calibration
+        if calibration is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
-        source = config.base_model.name_or_path
-    dense, tokenizer = load_dense(source, device, dtype)
+        dense = densify(sparse)
+    else:
+        dense, tokenizer = load_dense(model, device, dtype)
     if calibration is None:
         windows, data_name = token_windows(
             data, "calibration", tokenizer, tokens, seq_len, seed, column

@@ -183,9 +183,8 @@ def _heading(config: SparsityConfig) -> str:
 
 def _bin_edges() -> NDArray[np.float64]:
     """``[32768]``: the upper edge of each bf16 magnitude's bin, increasing and finite."""
-    bits = np.arange(32768, dtype=np.uint32)
-    edges = ((bits << 16) | 0x8000).view(np.float32).astype(np.float64)
-    return np.where(np.isfinite(edges), edges, float(np.finfo(np.float32).max))
+    bits = np.minimum(np.arange(32768, dtype=np.uint32), 0x7F7F)  # the largest finite one
+    return ((bits << 16) | 0x8000).view(np.float32).astype(np.float64)
 
 
 def _plain(axis: Any) -> None:

@@ -1,0 +1,250 @@
+"""The command line, run in-process on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from catsparse import cli
+
+SMALL = ["--tokens", "4096", "--seq-len", "256"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``catsparse ARGS``."""
+    old = sys.argv
+    sys.argv = ["catsparse", *map(str, args)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model at 50%, made by the command itself."""
+    directory = tmp_path_factory.mktemp("cli") / "half"
+    old = sys.argv
+    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    assert stop.value.code == 0
+    return directory
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from catsparse import __version__
+
+    assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
+    code, text, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("sparsify", "evaluate", "generate", "info", "plot", "demo"):
+        assert command in text
+
+
+def test_sparsify_writes_an_artifact_and_no_weights(artifact: Path) -> None:
+    names = {path.name for path in artifact.iterdir()}
+    assert names == {"catsparse.json", "calibration.safetensors", "README.md"}
+    config = json.loads((artifact / "catsparse.json").read_text())
+    assert config["base_model"]["name_or_path"] == "default"
+    assert config["calibration"]["tokens"] == 4096
+
+
+def test_evaluate_json_has_the_promised_keys(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(capsys, "evaluate", artifact, *SMALL, "--json")
+    result = json.loads(text)
+    assert code == 0
+    assert {"perplexity", "dense_perplexity", "sparsity", "bytes_skipped", "sites"} <= set(result)
+    assert len(result["sites"]) == 7
+    assert result["perplexity"] > result["dense_perplexity"]
+    assert abs(result["sparsity"] - 0.5) < 0.03
+    assert result["bytes_skipped"] == pytest.approx(2 / 3 * result["sparsity"], abs=1e-6)
+
+
+def test_evaluate_table_and_dense_model(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "evaluate", artifact, *SMALL)
+    assert code == 0
+    assert "model.layers.6.mlp" in text
+    code, text, _ = run(capsys, "evaluate", *SMALL, "--json")
+    assert code == 0
+    assert set(json.loads(text)) >= {"perplexity", "perplexity_se", "tokens"}
+
+
+def test_zero_sparsity_is_the_dense_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "sparsify", "-o", tmp_path / "zero", "--sparsity", 0, *SMALL)[0] == 0
+    _, text, _ = run(capsys, "evaluate", tmp_path / "zero", *SMALL, "--json")
+    result = json.loads(text)
+    assert result["perplexity"] == result["dense_perplexity"]
+    assert result["sparsity"] == 0
+
+
+def test_new_sparsity_from_a_saved_calibration(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(
+        capsys, "sparsify", artifact, "-o", tmp_path / "more", "--sparsity", 0.7, "--json",
+        "--method", "cats", "--no-compensate",
+    )  # fmt: skip
+    result = json.loads(text)
+    assert code == 0
+    assert result["calibration_tokens"] == 4096
+    assert result["sparsity"] == pytest.approx(0.7, abs=0.005)
+    assert result["method"] == "cats"
+
+
+def test_merge_writes_a_whole_model(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = tmp_path / "merged"
+    assert run(capsys, "sparsify", artifact, "-o", merged, "--merge")[0] == 0
+    names = {path.name for path in merged.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "catsparse.json"} <= names
+    assert json.loads((merged / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "cats"
+    }
+    _, one, _ = run(capsys, "evaluate", artifact, *SMALL, "--json")
+    _, two, _ = run(capsys, "evaluate", merged, *SMALL, "--json")
+    assert json.loads(one)["perplexity"] == json.loads(two)["perplexity"]
+
+
+def test_generate_streams_and_compares(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["-p", "The captain looked", "-n", "12", "--greedy"]
+    code, text, _ = run(capsys, "generate", artifact, *prompt, "--compare", "--json")
+    result = json.loads(text)
+    assert code == 0
+    assert result["tokens"] <= 12
+    assert result["text"]
+    assert result["dense_text"]
+    code, streamed, _ = run(capsys, "generate", artifact, *prompt)
+    assert code == 0
+    assert streamed.strip() == ("The captain looked" + result["text"]).strip()
+    _, dense, _ = run(capsys, "generate", "default", *prompt, "--json")
+    assert json.loads(dense)["text"] == result["dense_text"]
+
+
+def test_info_of_artifact_and_of_dense_model(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(capsys, "info", artifact, "--json")
+    assert code == 0
+    assert json.loads(text)["method"] == "chess"
+    assert "model.layers.0.mlp" in run(capsys, "info", artifact)[1]
+    assert "dense gated MLP (silu)" in run(capsys, "info")[1]
+
+
+def test_plot_writes_png_and_svg(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    code, text, _ = run(capsys, "plot", artifact, "-o", tmp_path, "--layers", "0,6", "--json")
+    assert code == 0
+    paths = [Path(path) for path in json.loads(text)["plots"]]
+    assert sorted(p.name for p in paths) == [
+        "histograms.png", "histograms.svg", "sparsity.png", "sparsity.svg",
+    ]  # fmt: skip
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["sparsify", "-o", "OUT", "--sparsity", "1.5"], "below 1"),
+        (["sparsify", "-o", "OUT", "--method", "teal"], "cats, chess"),
+        (["sparsify", "-o", "OUT", "--data", "absent.txt"], "absent.txt"),
+        (["sparsify", "-o", "OUT", "--tokens", "100"], "window"),
+        (["sparsify", "-o", "OUT", "--device", "nonsense"], "device"),
+        (["sparsify", "/nowhere/at/all", "-o", "OUT"], "/nowhere/at/all"),
+        (["evaluate", "OUT"], "catsparse.json"),
+        (["plot", "OUT"], "catsparse.json"),
+        (["generate", "-p", "x", "--compare"], "dense"),
+        (["generate", "-p", "x", "--temperature", "0"], "temperature"),
+        (["generate", "-p", ""], "prompt"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(
+    args: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    args = [str(tmp_path / "out") if arg == "OUT" else arg for arg in args]
+    code, text, error = run(capsys, *args)
+    assert code == 2
+    assert text == ""
+    assert says in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_usage_error_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "sparsify", "--sparsity", "half", "-o", "x")[0] == 2
+    assert run(capsys, "no-such-command")[0] == 2
+
+
+def test_internal_error_is_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("catsparse.hub.load_skeleton", broken)
+    code, _, error = run(capsys, "info")
+    assert code == 1
+    assert "boom" in error
+    assert "--debug" in error
+    monkeypatch.setattr(sys, "argv", ["catsparse", "--debug", "info"])
+    with pytest.raises(RuntimeError, match="boom"):
+        cli.main()
+
+
+def test_interrupt_keeps_the_calibration_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from catsparse import observation
+
+    monkeypatch.setattr(observation, "_SAVE_SECONDS", 0.0)
+    step, calls = observation._Run.step, []
+
+    def interrupted(self: observation._Run, batch: observation.Batch) -> None:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(1)
+        step(self, batch)
+
+    args = ["sparsify", "-o", tmp_path, *SMALL, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(observation._Run, "step", interrupted)
+        code, _, error = run(capsys, *args)
+    partial = tmp_path / ".calibration.partial.safetensors"
+    assert code == 130
+    assert "goes on" in error
+    assert partial.exists()
+    code, text, _ = run(capsys, *args)
+    assert code == 0
+    assert json.loads(text)["calibration_tokens"] == 4096
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("shell", ["bash"])
+def test_shell_completion(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "catsparse.cli", "--show-completion", shell],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "complete" in done.stdout
