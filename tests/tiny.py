@@ -71,6 +71,11 @@ def logits(model: Any, length: int = LONG, seed: int = 3) -> Tensor:
     return model(input_ids=tokens(1, length, seed), use_cache=False).logits
 
 
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
+    """Within ``tolerance`` of the largest value; the default is for fp32 sums in another order."""
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
 def masked_by_hand(sparse: Any, dense: Any, compensate: bool = True) -> Any:
     """A copy of ``dense`` whose MLPs compute by hand what ``sparse`` ought to compute.
 
@@ -90,8 +95,9 @@ def _forward_by_hand(threshold: Tensor, mean: Tensor | None) -> Any:
             gate, up = mlp.gate_up_proj(x).split(len(mlp.gate_up_proj.weight) // 2, dim=-1)
         else:
             gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        act = {"silu": F.silu, "gelu_pytorch_tanh": lambda z: F.gelu(z, approximate="tanh")}
-        g = act[mlp.config.hidden_act if hasattr(mlp, "config") else "silu"](gate)
+        kind = getattr(getattr(mlp, "config", None), "hidden_activation", "")
+        tanh_gelu = kind == "gelu_pytorch_tanh"
+        g = F.gelu(gate, approximate="tanh") if tanh_gelu else F.silu(gate)
         kept = (g.abs() > threshold).to(g.dtype)
         filled = torch.zeros_like(g) if mean is None else mean.to(g.dtype).expand_as(g)
         return mlp.down_proj(g * up * kept + filled * (1 - kept))

@@ -13,7 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import Provenance, check_sparsity, write_atomic
+from .config import (
+    ACTIVATIONS,
+    Provenance,
+    build,
+    check_choice,
+    check_sparsity,
+    parse_json,
+    shorten,
+    write_atomic,
+)
 from .errors import CatsparseError
 from .methods import SiteThreshold, site_threshold
 from .sites import Site
@@ -98,39 +107,41 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                sites = [Site(**raw) for raw in json.loads(metadata["catsparse.sites"])]
-                tokens = json.loads(metadata["catsparse.tokens"])
-                provenance = Provenance(**json.loads(metadata["catsparse.provenance"]))
+                part = {
+                    key: parse_json(metadata[f"catsparse.{key}"], key)
+                    for key in ("sites", "tokens", "provenance")
+                }
+                if not isinstance(part["sites"], list) or not isinstance(part["tokens"], dict):
+                    raise CatsparseError("its header is that of another file")
+                sites = [build(Site, raw, "site") for raw in part["sites"]]
+                for site in sites:
+                    check_choice(f"act of {shorten(site.name)}", site.act, ACTIVATIONS)
+                provenance = build(Provenance, part["provenance"], "provenance")
                 statistics = {
-                    site.name: _read_statistics(file, site, int(tokens[site.name]))
+                    site.name: _read_statistics(file, site, part["tokens"][site.name])
                     for site in sites
                 }
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, CatsparseError):
-                raise
             raise CatsparseError(
-                f"{path} is not a readable calibration ({error}); calibrate again"
+                f"{path} is not a readable calibration ({shorten(error, 300)}); calibrate again"
             ) from error
+        if not sites:
+            raise CatsparseError(f"{path} holds no site; calibrate again")
         return cls({site.name: site for site in sites}, statistics, provenance)
 
 
-def _read_statistics(file: Any, site: Site, tokens: int) -> SiteStatistics:
-    values = {}
+def _read_statistics(file: Any, site: Site, tokens: object) -> SiteStatistics:
+    name, values = shorten(site.name), {}
     for field, (dtype, shape) in _FIELDS.items():
         value = file.get_tensor(f"{site.name}.{field}")
         if value.dtype != dtype or tuple(value.shape) != shape(site.intermediate_size):
-            raise CatsparseError(
-                f"{field} of {site.name} is {value.dtype} {list(value.shape)}; calibrate again"
-            )
+            raise CatsparseError(f"{field} of {name} is {value.dtype} {list(value.shape)}")
         values[field] = value
-    if (
-        tokens < 1
-        or any(
-            not v.isfinite().all() or bool((v < 0).any())
-            for n, v in values.items()
-            if n != "bucket_sum"
-        )
-        or not values["bucket_sum"].isfinite().all()
-    ):
-        raise CatsparseError(f"the statistics of {site.name} are damaged; calibrate again")
+    finite = all(bool(value.isfinite().all()) for value in values.values())
+    counts = [value for field, value in values.items() if field != "bucket_sum"]
+    if not isinstance(tokens, int) or tokens < 1 or not finite:
+        raise CatsparseError(f"the statistics of {name} are damaged")
+    total = int(values["histogram"].sum())
+    if total != tokens * site.intermediate_size or any(bool((c < 0).any()) for c in counts):
+        raise CatsparseError(f"the counts of {name} contradict each other")
     return SiteStatistics(tokens, **values)

@@ -100,6 +100,7 @@ def sparsify(
     from . import hub
     from .calibration import Calibration
     from .observation import calibrate
+    from .sites import describe, find_sites
     from .surgery import densify, state_of
     from .surgery import sparsify as sparsify_model
 
@@ -128,6 +129,7 @@ def sparsify(
         except KeyboardInterrupt:
             err.print("interrupted; the same command goes on from the last saved part")
             raise typer.Exit(130) from None
+    left_dense = describe(find_sites(dense)[1])
     sparse = sparsify_model(dense, calibration, sparsity, method, compensate, prefill)
     hub.save(sparse, output, merge=merge)
     if merge:
@@ -142,10 +144,13 @@ def sparsify(
         "sites": {name: site.sparsity for name, site in config.sites.items()},
         "calibration_tokens": calibration.provenance.tokens,
         "calibration_data": calibration.provenance.data,
+        "left_dense": left_dense,
     }
     if json:
         print_json(result)
         return
+    if left_dense:
+        err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
         f"dropped, {config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "

@@ -91,18 +91,18 @@ class SparsityConfig:
         check_sparsity(self.sparsity)
         if not self.sites:
             raise CatsparseError("the config lists no site; name at least one gated MLP")
+        if self.measured_sparsity is not None:
+            _check_fraction("measured_sparsity", self.measured_sparsity)
         for name, site in self.sites.items():
-            check_choice(f"act of {name}", site.act, ACTIVATIONS)
+            shown = shorten(name)
+            check_choice(f"act of {shown}", site.act, ACTIVATIONS)
             if not math.isfinite(site.threshold):
                 raise CatsparseError(
-                    f"the threshold of {name} is {site.threshold}; it must be a finite number"
+                    f"the threshold of {shown} is {site.threshold}; it must be a finite number"
                 )
-            if not 0.0 <= site.sparsity <= 1.0:
-                raise CatsparseError(
-                    f"the sparsity of {name} is {site.sparsity}; it must lie between 0 and 1"
-                )
+            _check_fraction(f"the sparsity of {shown}", site.sparsity)
             if site.hidden_size < 1 or site.intermediate_size < 1:
-                raise CatsparseError(f"the sizes of {name} must be at least 1")
+                raise CatsparseError(f"the sizes of {shown} must be at least 1")
 
     @property
     def bytes_skipped(self) -> float:
@@ -121,12 +121,7 @@ class SparsityConfig:
         Raises:
             CatsparseError: not JSON, a newer format, a missing or unknown key, a wrong type.
         """
-        try:
-            raw = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise CatsparseError(
-                f"{source} is not readable JSON ({error}); save it again"
-            ) from error
+        raw = parse_json(text, source)
         if not isinstance(raw, dict):
             raise CatsparseError(f"{source} must hold a JSON object")
         version = raw.get("format_version")
@@ -137,7 +132,7 @@ class SparsityConfig:
                 f"{source} has format version {version}, this catsparse reads up to "
                 f"{FORMAT_VERSION}: upgrade with 'pip install -U catsparse'"
             )
-        config: SparsityConfig = _build(cls, raw, source)
+        config: SparsityConfig = build(cls, raw, source)
         return config
 
     @classmethod
@@ -159,7 +154,7 @@ class SparsityConfig:
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise CatsparseError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+        raise CatsparseError(f"{what} must be one of {', '.join(choices)}, not {shorten(value)!r}")
 
 
 def check_sparsity(value: float) -> None:
@@ -183,8 +178,44 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def shorten(value: object, limit: int = 80) -> str:
+    """``value`` as one short line: what a file or a caller gave may be of any length."""
+    text = " ".join(str(value)[: 4 * limit].split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def parse_json(text: str, source: str) -> object:
+    """Strict JSON: no NaN, no infinity.
+
+    Raises:
+        CatsparseError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value: object = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CatsparseError(
+            f"{source} is not readable JSON ({shorten(error)}); save it again"
+        ) from error
+    return value
+
+
+def _check_fraction(what: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise CatsparseError(f"{what} is {value}; it must lie between 0 and 1")
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise CatsparseError(f"{where} is not a finite number; save it again")
+    return number
 
 
 _PARTS: dict[str, type] = {"base_model": BaseModel, "calibration": Provenance}
@@ -198,7 +229,7 @@ _PRIMITIVES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _build(cls: type, raw: object, where: str) -> Any:
+def build(cls: type, raw: object, where: str) -> Any:
     """Build dataclass ``cls`` from parsed JSON, refusing unknown, missing and ill-typed keys."""
     if not isinstance(raw, dict):
         raise CatsparseError(f"{where} must be a JSON object, not {type(raw).__name__}")
@@ -217,12 +248,15 @@ def _build(cls: type, raw: object, where: str) -> Any:
         if name == "sites":
             if not isinstance(value, dict):
                 raise CatsparseError(f"{here} must be a JSON object")
-            values[name] = {k: _build(SiteConfig, v, f"{here}: {k}") for k, v in value.items()}
+            values[name] = {
+                key: build(SiteConfig, site, f"{here}: {shorten(key)}")
+                for key, site in value.items()
+            }
         elif name in _PARTS:
-            values[name] = None if value is None else _build(_PARTS[name], value, here)
+            values[name] = None if value is None else build(_PARTS[name], value, here)
         else:
             kinds = _PRIMITIVES[str(known[name].type)]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise CatsparseError(f"{here} must be {known[name].type}, not {str(value)[:40]!r}")
-            values[name] = value
+                raise CatsparseError(f"{here} must be {known[name].type}, not {shorten(value)!r}")
+            values[name] = _number(value, here) if float in kinds and value is not None else value
     return cls(**values)

@@ -10,6 +10,7 @@ import gzip
 import json
 import lzma
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,6 +18,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from .config import shorten
 from .errors import CatsparseError
 
 # Documents held for shuffling, in characters: bounds memory on data sets of any size.
@@ -111,7 +113,7 @@ def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def _documents(source: str, column: str) -> Iterator[str]:
     path = Path(source)
-    if not path.exists():
+    if not _exists(path):
         if path.suffix in _TEXT_SUFFIXES + _TABLE_SUFFIXES or source.startswith((".", "/", "~")):
             raise CatsparseError(f"there is no file {source}; check the path")
         yield from _dataset(source, column)
@@ -128,8 +130,15 @@ def _documents(source: str, column: str) -> Iterator[str]:
             yield from _jsonl(file, source, column) if kind == ".jsonl" else _plain(file)
     except UnicodeDecodeError as error:
         raise CatsparseError(f"{source} is not UTF-8 text; convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise CatsparseError(f"cannot read {source}: {error}") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise CatsparseError(f"cannot read {source}: {shorten(error, 200)}") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than a file system takes, or with a null byte
+        return False
 
 
 def _open(path: Path) -> IO[str]:
@@ -159,7 +168,7 @@ def _jsonl(file: IO[str], source: str, column: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CatsparseError(f"{source}, line {number}: not JSON") from error
         yield _cell(row, column, f"{source}, line {number}")
 
@@ -178,7 +187,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 yield _cell({column: value}, column, str(path))
     except pyarrow.ArrowException as error:
-        raise CatsparseError(f"cannot read {path}: {error}") from error
+        raise CatsparseError(f"cannot read {path}: {shorten(error)}") from error
 
 
 def _dataset(name: str, column: str) -> Iterator[str]:
@@ -197,8 +206,9 @@ def _dataset(name: str, column: str) -> Iterator[str]:
     except CatsparseError:
         raise
     except Exception as error:  # datasets raises many kinds: network, parsing, unknown names
-        reason = str(error).strip().split("\n")[0]
-        raise CatsparseError(f"there is no file or dataset {name} to be read ({reason})") from error
+        raise CatsparseError(
+            f"there is no file or dataset {shorten(name)} to be read ({shorten(error, 200)})"
+        ) from error
 
 
 def _cell(row: object, column: str, where: str) -> str:

@@ -49,7 +49,7 @@ def save(model: Any, directory: str | Path, merge: bool = False) -> None:
         CatsparseError: the model is dense, holds unmerged adapters, or has no base to refer to.
     """
     state = state_of(model)
-    if hasattr(model, "peft_config") and not hasattr(model, "save_pretrained_merged"):
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
         )

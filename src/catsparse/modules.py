@@ -60,7 +60,7 @@ class SparseMLP(nn.Module):
         few = x.numel() <= MAX_OP_TOKENS * x.shape[-1]
         if not self.catsparse_enabled or (self.catsparse_prefill == "dense" and not few):
             return super().forward(x)  # type: ignore[no-any-return]
-        if few and self.catsparse_counter is None and not torch.is_grad_enabled():
+        if few and self._op_applies(x):
             weights = self.raw_weights(x.dtype)
             if weights is not None and self._bias_is_ready():
                 w_gate, w_up, w_down = weights
@@ -75,6 +75,14 @@ class SparseMLP(nn.Module):
                     self.catsparse_bias,
                 )
         return self._masked(x)
+
+    def _op_applies(self, x: Tensor) -> bool:
+        """Inference in one dtype that nobody is watching; a meter needs the mask."""
+        return (
+            self.catsparse_counter is None
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def _masked(self, x: Tensor) -> Tensor:
         gate = getattr(self, self.site_gate)(x)
@@ -103,6 +111,9 @@ class SparseMLP(nn.Module):
 
     def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
         """Why the children must be called instead of reading their weights; None if they can be."""
+        act = getattr(self, self.site_act_child) if self.site_act_child else None
+        if act is not None and (act._forward_hooks or act._forward_pre_hooks):
+            return f"{self.site_act_child} is hooked"
         for name in (self.site_gate, self.site_up, self.site_down):
             if name is None:
                 continue

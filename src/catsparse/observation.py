@@ -119,7 +119,7 @@ class _Run:
         self.rows: Tensor | None = None  # which of the batch's tokens count; None for all
         self.batch_tokens = 0
         self.seen = 0
-        self.hash = hashlib.sha256(repr((sorted(self.sites.items()), provenance.dtype)).encode())
+        self.hash = _model_hash(model, sites, provenance.dtype)
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1  # the head is not needed
@@ -130,7 +130,8 @@ class _Run:
     def step(self, batch: Batch) -> None:
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
-        self.hash.update(ids.cpu().contiguous().numpy().tobytes())
+        for part in (ids, mask):
+            self.hash.update(b"all" if part is None else _bytes(part))
         counted = ids.numel() if mask is None else int(mask.sum())
         if self._skipping:
             self._skip(counted)
@@ -139,7 +140,8 @@ class _Run:
         rows = None if mask is None or bool(mask.bool().all()) else mask.bool().flatten()
         self.rows = rows if rows is None else rows.to(device)
         self.batch_tokens = ids.numel()
-        inputs = {name: value.to(device) for name, value in batch.items()}
+        # Labels would only make the model compute a loss.
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         self.model(**inputs, **self._options)
         self.seen += counted
         if self.checkpoint and time.monotonic() - self._saved_at > _SAVE_SECONDS:
@@ -160,8 +162,10 @@ class _Run:
         self.statistics[site.name].update(g, u, h)
 
     def result(self) -> Calibration:
-        on_cpu = {name: s.to("cpu") for name, s in self.statistics.items()}
-        return Calibration(dict(self.sites), on_cpu, replace(self.provenance, tokens=self.seen))
+        """What was counted so far; a site that saw no token (a vision tower's, say) is left out."""
+        counted = {name: s.to("cpu") for name, s in self.statistics.items() if s.tokens}
+        sites = {name: self.sites[name] for name in counted}
+        return Calibration(sites, counted, replace(self.provenance, tokens=self.seen))
 
     def finish(self) -> Calibration:
         if self._skipping:
@@ -176,9 +180,6 @@ class _Run:
                 raise CatsparseError(
                     f"the activations of {name} are not finite; load the model in bf16 or fp32"
                 )
-        silent = [name for name, s in result.statistics.items() if s.tokens == 0]
-        for name in silent:  # a vision tower, say: no text passes through it
-            del result.statistics[name], result.sites[name]
         if not result.sites:
             raise CatsparseError("no token reached any gated MLP; check the model's inputs")
         if self.checkpoint:
@@ -275,6 +276,8 @@ def _as_batches(
     dtype: str,
 ) -> tuple[Iterable[Batch], int | None, Provenance]:
     """(batches, their number if known, provenance)."""
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise CatsparseError("calibration data must be token ids, batches or a list of texts")
     if isinstance(data, Sequence) and data and all(isinstance(text, str) for text in data):
         if tokenizer is None:
             raise CatsparseError("texts need a tokenizer: calibrate(model, texts, tokenizer)")
@@ -285,11 +288,24 @@ def _as_batches(
         batches = [{"input_ids": ids} for ids in data.split(batch_size)]
         provenance = Provenance(data_name, data.numel(), data.shape[1], seed, dtype)
         return batches, len(batches), provenance
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise CatsparseError("calibration data must be token ids, batches or a list of texts")
     count = len(data) if isinstance(data, Sequence) else None
     given = cast("Iterable[Batch]", data)
     return given, count, Provenance(data_name, 0, 0, seed, dtype)
+
+
+def _model_hash(model: nn.Module, sites: list[Site], dtype: str) -> Any:
+    """Tells models apart: their sites, dtype and a little of each site's weights."""
+    digest = hashlib.sha256(repr((sites, dtype)).encode())
+    for site in sites:
+        weight = getattr(model.get_submodule(site.name).get_submodule(site.gate), "weight", None)
+        if isinstance(weight, Tensor) and weight.device.type != "meta":
+            digest.update(_bytes(weight.detach().flatten()[:64].float()))
+    return digest
+
+
+def _bytes(values: Tensor) -> bytes:
+    array = values.cpu().contiguous().numpy()
+    return repr(array.shape).encode() + array.tobytes()
 
 
 def _dtype_name(model: nn.Module) -> str:

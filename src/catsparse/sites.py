@@ -106,7 +106,8 @@ def match_gated_mlp(module: nn.Module, name: str = "") -> Site:
     except Exception as error:
         first = str(error).split("\n")[0][:120]
         raise _Mismatch(f"its forward cannot be traced ({first})") from error
-    nodes = [n for n in graph.nodes if n.users or n.op == "output"]
+    # An unused placeholder is an argument ignored; any other unused node may act in place.
+    nodes = [n for n in graph.nodes if n.users or n.op != "placeholder"]
     inputs = [n for n in nodes if n.op == "placeholder"]
     if len(inputs) != 1:
         raise _Mismatch(f"its forward uses {len(inputs)} inputs, not one")
@@ -132,13 +133,15 @@ def match_gated_mlp(module: nn.Module, name: str = "") -> Site:
     gate_node, up_node = left.args[0], right
 
     fused = _fused_halves(module, gate_node, up_node, x)
+    expected = {x, down_node, product, left, gate_node, up_node, nodes[-1], *identities}
     if fused is not None:
         gate, up = fused, None
+        chunk = gate_node.args[0]  # type: ignore[union-attr]
+        expected |= {chunk, chunk.args[0]}  # type: ignore[union-attr]
     else:
         gate = _linear_call(module, gate_node, "the activation's input", x)
         up = _linear_call(module, up_node, "the factor beside the activation", x)
-    expected = {x, down_node, product, left, gate_node, up_node, nodes[-1], *identities}
-    if fused is None and (extra := [n for n in nodes if n not in expected]):
+    if extra := [n for n in nodes if n not in expected]:
         raise _Mismatch(f"its forward also computes {_show(extra[0])}")
 
     hidden, rows = _features(module, gate)

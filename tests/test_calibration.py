@@ -1,0 +1,283 @@
+"""Calibration: thresholds from what is stored, its file, and files that are not one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from catsparse import Calibration, CatsparseError
+from catsparse.methods import site_threshold
+from catsparse.statistics import BINS
+
+SITE = "model.layers.0.mlp"
+Tensors = dict[str, Tensor]
+Metadata = dict[str, str]
+
+
+def assert_equal(one: Calibration, other: Calibration) -> None:
+    assert one.sites == other.sites
+    assert list(one.sites) == list(other.sites)  # the order too
+    assert one.provenance == other.provenance
+    assert {n: s.tokens for n, s in one.statistics.items()} == {
+        n: s.tokens for n, s in other.statistics.items()
+    }
+    first, second = one.tensors(), other.tensors()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype
+        assert torch.equal(value, second[name]), name
+
+
+def test_round_trip(calibration: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "calibration.safetensors"
+    calibration.save(path)
+    assert os.listdir(path.parent) == [path.name]
+    assert_equal(Calibration.load(path), calibration)
+    assert_equal(Calibration.load(str(path)), calibration)
+
+
+def test_thresholds_survive_the_file(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    for name, t in calibration.thresholds(0.4).items():
+        again = loaded.thresholds(0.4)[name]
+        assert torch.equal(t.threshold, again.threshold)
+        assert t.mean is not None
+        assert again.mean is not None
+        assert torch.equal(t.mean, again.mean)
+        assert (t.scalar, t.sparsity) == (again.scalar, again.sparsity)
+
+
+def test_thresholds_are_those_of_every_site(calibration: Calibration) -> None:
+    thresholds = calibration.thresholds(0.3, "cats", compensate=False)
+    assert list(thresholds) == list(calibration.sites)
+    for name, t in thresholds.items():
+        alone = site_threshold(calibration.statistics[name], "cats", 0.3, False)
+        assert torch.equal(t.threshold, alone.threshold)
+        assert t.mean is None
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_sparsity_out_of_range(calibration: Calibration, sparsity: float) -> None:
+    with pytest.raises(CatsparseError, match="sparsity must be"):
+        calibration.thresholds(sparsity)
+
+
+def test_unknown_method(calibration: Calibration) -> None:
+    with pytest.raises(CatsparseError, match="method must be one of cats, chess"):
+        calibration.thresholds(0.5, "topk")
+
+
+def test_addition(calibration: Calibration) -> None:
+    doubled = calibration + calibration
+    assert doubled.provenance.tokens == 2 * calibration.provenance.tokens
+    assert doubled.provenance.data == calibration.provenance.data
+    for name, statistics in doubled.statistics.items():
+        once = calibration.statistics[name]
+        assert statistics.tokens == 2 * once.tokens
+        assert torch.equal(statistics.histogram, 2 * once.histogram)
+    # The same tokens twice have the same quantiles.
+    for name, t in calibration.thresholds(0.5, "cats").items():
+        assert torch.equal(t.threshold, doubled.thresholds(0.5, "cats")[name].threshold)
+
+
+def test_addition_names_both_sources(calibration: Calibration) -> None:
+    other = replace(calibration, provenance=replace(calibration.provenance, data="other"))
+    assert (calibration + other).provenance.data == "in-memory data + other"
+
+
+def test_addition_of_different_models(calibration: Calibration) -> None:
+    sites = dict(calibration.sites)
+    sites[SITE] = replace(sites[SITE], act="relu")
+    with pytest.raises(CatsparseError, match="different models"):
+        calibration + replace(calibration, sites=sites)
+
+
+def test_failed_save_leaves_the_old_file(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    calibration.save(path)
+
+    def half(tensors: Any, temporary: Path, metadata: Any) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("catsparse.calibration.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        calibration.save(path)
+    assert os.listdir(tmp_path) == ["file"]
+    assert_equal(Calibration.load(path), calibration)
+
+
+# Hostile files
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CatsparseError) as caught:
+        Calibration.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "calibrate again" in message
+    return message
+
+
+def written(path: Path, calibration: Calibration, tensors: Tensors, metadata: Metadata) -> Path:
+    """The calibration with these entries in place of its own; an empty one is left out."""
+    all_tensors = {k: v for k, v in (calibration.tensors() | tensors).items() if v.numel()}
+    all_metadata = {k: v for k, v in (calibration.metadata() | metadata).items() if v}
+    save_file({k: v.contiguous() for k, v in all_tensors.items()}, path, all_metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"no safetensors", b"\xff" * 100, b"\x80\x04N.", bytes(8) + b"{}"]
+)
+def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert str(path) in refusal(path)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    refusal(tmp_path / "none")
+    refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
+def test_truncated_file(calibration: Calibration, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "file"
+    calibration.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refusal(path)
+
+
+def test_safetensors_file_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_file({"weight": torch.zeros(3)}, path)
+    refusal(path)
+
+
+FIELDS = ("histogram", "gate_square", "up_square", "bucket_count", "bucket_sum")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_missing_tensor(calibration: Calibration, tmp_path: Path, field: str) -> None:
+    path = written(tmp_path / "file", calibration, {f"{SITE}.{field}": torch.empty(0)}, {})
+    assert field in refusal(path)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v[..., :-1],
+        lambda v: v[None],
+        lambda v: torch.cat([v, v], -1),
+        lambda v: v.to(torch.float16),
+        lambda v: v.to(torch.int8),
+        lambda v: v.bool(),
+    ],
+    ids=["shorter", "deeper", "longer", "float16", "int8", "bool"],
+)
+def test_wrong_shape_or_dtype(
+    calibration: Calibration, tmp_path: Path, field: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    name = f"{SITE}.{field}"
+    path = written(tmp_path / "file", calibration, {name: change(calibration.tensors()[name])}, {})
+    message = refusal(path)
+    assert field in message
+    assert SITE in message
+
+
+def poked(value: Tensor, bad: float) -> Tensor:
+    value = value.clone()
+    value.view(-1)[-1] = bad
+    return value
+
+
+@pytest.mark.parametrize("field", FIELDS[:4])
+def test_negative_count(calibration: Calibration, tmp_path: Path, field: str) -> None:
+    name = f"{SITE}.{field}"
+    damaged = poked(calibration.tensors()[name], -1)
+    assert SITE in refusal(written(tmp_path / "file", calibration, {name: damaged}, {}))
+
+
+@pytest.mark.parametrize("field", ["gate_square", "up_square", "bucket_sum"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_number_that_is_not_finite(
+    calibration: Calibration, tmp_path: Path, field: str, bad: float
+) -> None:
+    name = f"{SITE}.{field}"
+    damaged = poked(calibration.tensors()[name], bad)
+    assert SITE in refusal(written(tmp_path / "file", calibration, {name: damaged}, {}))
+
+
+def test_negative_sum_of_products_is_fine(calibration: Calibration, tmp_path: Path) -> None:
+    name = f"{SITE}.bucket_sum"
+    changed = poked(calibration.tensors()[name], -1)
+    Calibration.load(written(tmp_path / "file", calibration, {name: changed}, {}))
+
+
+def test_histogram_that_counts_nothing(calibration: Calibration, tmp_path: Path) -> None:
+    """Counts that contradict the number of tokens would give thresholds of no meaning."""
+    empty = {f"{SITE}.histogram": torch.zeros(BINS, dtype=torch.int64)}
+    refusal(written(tmp_path / "file", calibration, empty, {}))
+
+
+@pytest.mark.parametrize("key", ["sites", "tokens", "provenance"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "{", "null", "3", "[3]", '{"a": 1}', '[{"name": "x"}]', "[" * 100_000],
+    ids=["missing", "no json", "null", "number", "list", "other keys", "lacking", "deep"],
+)
+def test_damaged_metadata(calibration: Calibration, tmp_path: Path, key: str, value: str) -> None:
+    path = written(tmp_path / "file", calibration, {}, {f"catsparse.{key}": value})
+    assert len(refusal(path)) < 1000
+
+
+@pytest.mark.parametrize("literal", ["0", "-5", "null", "[]", '"many"', "NaN", "Infinity", "1e999"])
+def test_bad_number_of_tokens(calibration: Calibration, tmp_path: Path, literal: str) -> None:
+    tokens = json.dumps(dict.fromkeys(calibration.sites, "HERE")).replace('"HERE"', literal)
+    refusal(written(tmp_path / "file", calibration, {}, {"catsparse.tokens": tokens}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "model.layers.9.mlp"),
+        ("name", 3),
+        ("intermediate_size", 47),
+        ("intermediate_size", -48),
+        ("intermediate_size", "48"),
+        ("intermediate_size", 10**30),
+        ("hidden_size", "32"),
+        ("extra", 1),
+    ],
+)
+def test_damaged_site(calibration: Calibration, tmp_path: Path, key: str, value: Any) -> None:
+    sites = json.loads(calibration.metadata()["catsparse.sites"])
+    sites[0][key] = value
+    refusal(written(tmp_path / "file", calibration, {}, {"catsparse.sites": json.dumps(sites)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tokens", "many"), ("seq_len", None), ("data", 3), ("seed", [1])]
+)
+def test_damaged_provenance(calibration: Calibration, tmp_path: Path, key: str, value: Any) -> None:
+    raw = json.loads(calibration.metadata()["catsparse.provenance"]) | {key: value}
+    refusal(written(tmp_path / "file", calibration, {}, {"catsparse.provenance": json.dumps(raw)}))
+
+
+def test_file_without_sites(calibration: Calibration, tmp_path: Path) -> None:
+    refusal(written(tmp_path / "file", calibration, {}, {"catsparse.sites": "[]"}))

@@ -1,0 +1,343 @@
+"""catsparse.json: strict, versioned, and never half written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catsparse import config as module
+from catsparse.config import (
+    ACTIVATIONS,
+    FORMAT_VERSION,
+    METHODS,
+    PREFILL_POLICIES,
+    BaseModel,
+    Provenance,
+    SiteConfig,
+    SparsityConfig,
+    write_atomic,
+)
+from catsparse.errors import CatsparseError
+
+SITE = "model.layers.0.mlp"
+
+
+def example(**changes: Any) -> SparsityConfig:
+    values: dict[str, Any] = {
+        "sites": {
+            SITE: SiteConfig(0.125, 0.5, "silu", 32, 48),
+            "model.layers.1.mlp": SiteConfig(-1.0, 0.0, "gelu_tanh", 32, 96),
+        },
+        "method": "chess",
+        "compensate": True,
+        "sparsity": 0.5,
+        "measured_sparsity": 0.498,
+        "prefill": "dense",
+        "base_model": BaseModel("some/model", "llama", "abc"),
+        "calibration": Provenance("books", 1000, 32, 0, "float32"),
+        "catsparse_version": "0.1",
+    }
+    return SparsityConfig(**(values | changes))
+
+
+def payload() -> dict[str, Any]:
+    return json.loads(example().to_json())
+
+
+def edited(path: str, value: Any) -> str:
+    """The example's JSON with ``a/b/c`` set to ``value``."""
+    raw = payload()
+    *parents, last = path.split("/")
+    part = raw
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    return json.dumps(raw)
+
+
+def refusal(text: str) -> str:
+    """The message with which ``text`` is refused: one line."""
+    with pytest.raises(CatsparseError) as caught:
+        SparsityConfig.from_json(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_round_trip() -> None:
+    assert SparsityConfig.from_json(example().to_json()) == example()
+
+
+def test_round_trip_of_the_least_config() -> None:
+    least = SparsityConfig(sites={SITE: SiteConfig(0.1, 0.5, "relu", 1, 1)})
+    read = SparsityConfig.from_json(least.to_json())
+    assert read == least
+    assert read.base_model is None
+    assert read.calibration is None
+    assert read.format_version == FORMAT_VERSION
+
+
+share = st.floats(0, 1)
+names = st.text(min_size=1, max_size=20)
+site_configs = st.builds(
+    SiteConfig,
+    threshold=st.floats(allow_nan=False, allow_infinity=False),
+    sparsity=share,
+    act=st.sampled_from(ACTIVATIONS),
+    hidden_size=st.integers(1, 2**20),
+    intermediate_size=st.integers(1, 2**20),
+)
+
+
+@given(
+    st.builds(
+        SparsityConfig,
+        sites=st.dictionaries(names, site_configs, min_size=1, max_size=3),
+        method=st.sampled_from(METHODS),
+        compensate=st.booleans(),
+        sparsity=st.floats(0, 1, exclude_max=True),
+        measured_sparsity=st.none() | share,
+        prefill=st.sampled_from(PREFILL_POLICIES),
+        base_model=st.none() | st.builds(BaseModel, names, names, st.none() | names),
+        calibration=st.none()
+        | st.builds(Provenance, names, st.integers(0), st.integers(0), st.integers(), names),
+        catsparse_version=names,
+    )
+)
+def test_any_config_round_trips_exactly(config: SparsityConfig) -> None:
+    assert SparsityConfig.from_json(config.to_json()) == config
+    assert 0 <= config.bytes_skipped <= 2 / 3
+
+
+def test_bytes_skipped_weighs_sites_by_size() -> None:
+    # 2/3 s of each site's bytes: s = 0.5 of 32 x 48 and 0 of 32 x 96.
+    assert example().bytes_skipped == pytest.approx(2 / 3 * 0.5 * 48 / (48 + 96), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "path", ["more", f"sites/{SITE}/more", "base_model/more", "calibration/more"]
+)
+def test_unknown_key_is_refused_at_every_level(path: str) -> None:
+    assert "unknown keys ('more')" in refusal(edited(path, 1))
+
+
+def test_many_unknown_keys_are_shown_in_part() -> None:
+    raw = payload() | {f"{'k' * 500}{i}": 0 for i in range(1000)}
+    message = refusal(json.dumps(raw))
+    assert "..." in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("level", ["", f"sites/{SITE}", "base_model", "calibration"])
+def test_every_missing_key_is_named(level: str) -> None:
+    raw = payload()
+    keys = list(raw["sites"][SITE] if "sites" in level else raw[level] if level else raw)
+    for key in keys:
+        changed = copy.deepcopy(raw)
+        part = changed
+        for step in level.split("/") if level else []:
+            part = part[step]
+        del part[key]
+        message = refusal(json.dumps(changed))
+        assert ("format_version" if key == "format_version" else f"lacks {key}") in message
+
+
+def test_newer_version_says_what_to_upgrade() -> None:
+    # Before anything else is looked at: a newer format may have other keys.
+    message = refusal(json.dumps({"format_version": FORMAT_VERSION + 1, "other": 1}))
+    assert "pip install -U catsparse" in message
+
+
+@pytest.mark.parametrize("version", [None, "1", 1.0, True, 0, -1, [1]])
+def test_bad_version_is_refused(version: Any) -> None:
+    assert "format_version" in refusal(edited("format_version", version))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("method", 1),
+        ("method", None),
+        ("compensate", 1),
+        ("compensate", "true"),
+        ("sparsity", "0.5"),
+        ("sparsity", None),
+        ("sparsity", True),
+        ("measured_sparsity", "x"),
+        ("measured_sparsity", False),
+        ("prefill", []),
+        ("catsparse_version", 1),
+        ("sites", []),
+        ("sites", None),
+        (f"sites/{SITE}", []),
+        (f"sites/{SITE}", None),
+        (f"sites/{SITE}/threshold", "0"),
+        (f"sites/{SITE}/threshold", None),
+        (f"sites/{SITE}/threshold", True),
+        (f"sites/{SITE}/threshold", [0.1]),
+        (f"sites/{SITE}/sparsity", True),
+        (f"sites/{SITE}/act", None),
+        (f"sites/{SITE}/hidden_size", 32.0),
+        (f"sites/{SITE}/hidden_size", True),
+        (f"sites/{SITE}/intermediate_size", "48"),
+        ("base_model", "llama"),
+        ("base_model/name_or_path", None),
+        ("base_model/revision", 3),
+        ("calibration", []),
+        ("calibration/tokens", 1.5),
+        ("calibration/tokens", True),
+        ("calibration/seed", None),
+        ("calibration/dtype", 16),
+    ],
+)
+def test_wrong_type_is_refused(path: str, value: Any) -> None:
+    assert path.split("/")[-1].replace(SITE, "mlp") in refusal(edited(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("method", "teal", "cats, chess"),
+        ("prefill", "none", "masked, dense"),
+        ("sparsity", 1.0, "below 1"),
+        ("sparsity", -0.1, "at least 0"),
+        ("sites", {}, "no site"),
+        (f"sites/{SITE}/act", "swish", "silu"),
+        (f"sites/{SITE}/sparsity", 1.5, "between 0 and 1"),
+        (f"sites/{SITE}/sparsity", -0.5, "between 0 and 1"),
+        (f"sites/{SITE}/hidden_size", 0, "at least 1"),
+        (f"sites/{SITE}/intermediate_size", -4, "at least 1"),
+    ],
+)
+def test_value_out_of_range_is_refused(path: str, value: Any, says: str) -> None:
+    assert says in refusal(edited(path, value))
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+@pytest.mark.parametrize("key", ["threshold", "sparsity", "measured_sparsity"])
+def test_number_that_is_not_finite_is_refused(literal: str, key: str) -> None:
+    at = f"sites/{SITE}/threshold" if key == "threshold" else key
+    refusal(edited(at, "HERE").replace('"HERE"', literal))
+
+
+def test_measured_sparsity_out_of_range_is_refused() -> None:
+    refusal(edited("measured_sparsity", 5.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_dataclass_refuses_what_json_cannot_hold(value: float) -> None:
+    with pytest.raises(CatsparseError):
+        example(sites={SITE: SiteConfig(value, 0.5, "silu", 32, 48)})
+    with pytest.raises(CatsparseError):
+        example(sparsity=value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "3",
+        '"catsparse"',
+        "{}",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"format_version": 1, "sites": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"format_version": ' + "1" * 10_000 + "}",
+    ],
+    ids=lambda text: text[:12] or "empty",
+)
+def test_what_is_no_config_is_refused(text: str) -> None:
+    assert len(refusal(text)) < 400
+
+
+def test_long_value_is_not_echoed() -> None:
+    assert len(refusal(edited("sparsity", "x" * 100_000))) < 200
+
+
+def test_from_file(tmp_path: Path) -> None:
+    path = tmp_path / "catsparse.json"
+    path.write_text(example().to_json(), encoding="utf-8")
+    assert SparsityConfig.from_file(path) == example()
+
+
+def test_from_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "catsparse.json"
+    path.write_text("{}")
+    with pytest.raises(CatsparseError, match=str(path)):
+        SparsityConfig.from_file(path)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(CatsparseError, match="No such file"):
+        SparsityConfig.from_file(tmp_path / "none.json")
+    with pytest.raises(CatsparseError, match="cannot read"):
+        SparsityConfig.from_file(tmp_path)
+
+
+def test_file_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "catsparse.json"
+    path.write_bytes(b'{"format_version": "\xff\xfe"}')
+    with pytest.raises(CatsparseError, match="UTF-8"):
+        SparsityConfig.from_file(path)
+
+
+def test_oversized_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "catsparse.json"
+    with path.open("wb") as file:
+        file.truncate(module.MAX_CONFIG_BYTES + 1)  # sparse: takes no disk
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(CatsparseError, match="not one of ours"):
+        SparsityConfig.from_file(path)
+
+
+def test_write_atomic_writes_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    for text in ("first", "second"):
+        write_atomic(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_write_atomic_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        assert temporary.parent == tmp_path  # a rename must not cross file systems
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, fail)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_atomic_shows_the_reader_whole_files_only(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+
+    write_atomic(path, write)
+    assert path.read_text() == "new"
+
+
+def test_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.write_text("")
+    write_atomic(tmp_path / "file", lambda temporary: temporary.write_text(""))
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)

@@ -1,0 +1,333 @@
+"""sparsify, densify and what lies between, on whole models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import catsparse
+import tiny
+from catsparse import Calibration, CatsparseError, SparsityConfig, densify, explain, sparsify
+from catsparse.config import SiteConfig
+from catsparse.methods import METHODS
+from catsparse.modules import SparseMLP, sparse_modules
+from catsparse.surgery import base_model_of, run_dense, state_of
+
+SITES = ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def one_line(error: pytest.ExceptionInfo[CatsparseError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def is_dense(model: nn.Module) -> bool:
+    """No trace of sparsity anywhere."""
+    return not any(
+        isinstance(m, SparseMLP) or any("catsparse" in key for key in [*m.__dict__, *m._buffers])
+        for m in model.modules()
+    )
+
+
+# sparsify
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("length", [tiny.SHORT, tiny.LONG])
+def test_sparse_logits_by_hand(
+    llama: Any, calibration: Calibration, method: str, compensate: bool, length: int
+) -> None:
+    dense = copy.deepcopy(llama)
+    sparsify(llama, calibration, 0.5, method, compensate)
+    expected = tiny.logits(tiny.masked_by_hand(llama, dense), length)
+    torch.testing.assert_close(tiny.logits(llama, length), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, tiny.logits(dense, length), atol=0.1)
+
+
+def test_sparsify_works_in_place_and_returns_the_model(
+    llama: Any, calibration: Calibration
+) -> None:
+    parameters = dict(llama.named_parameters())
+    assert sparsify(llama, calibration) is llama
+    assert list(sparse_modules(llama)) == SITES
+    assert all(p is parameters[n] for n, p in llama.named_parameters())
+
+
+def test_thresholds_on_the_model_are_the_calibration_s(
+    llama: Any, calibration: Calibration
+) -> None:
+    sparsify(llama, calibration, 0.6, "chess", prefill="dense")
+    for name, t in calibration.thresholds(0.6, "chess").items():
+        mlp = llama.get_submodule(name)
+        assert torch.equal(mlp.catsparse_threshold, t.threshold)
+        assert torch.equal(mlp.catsparse_mean, t.mean)
+        assert mlp.catsparse_prefill == "dense"
+
+
+def test_state_describes_the_model(llama: Any, calibration: Calibration) -> None:
+    llama.config._name_or_path = "some/model"
+    state = state_of(sparsify(llama, calibration, 0.4, "cats", compensate=False))
+    config = state.config
+    assert (config.method, config.compensate, config.sparsity) == ("cats", False, 0.4)
+    assert config.measured_sparsity == pytest.approx(0.4, abs=0.01)
+    assert config.prefill == "masked"
+    assert config.base_model == catsparse.config.BaseModel("some/model", "llama")
+    assert config.calibration == calibration.provenance
+    assert config.catsparse_version == catsparse.__version__
+    assert list(config.sites) == SITES
+    for name, site in config.sites.items():
+        assert site.threshold == float(state.thresholds[name].threshold)
+        assert (site.act, site.hidden_size, site.intermediate_size) == ("silu", 32, 48)
+    assert state.calibration is calibration
+    assert SparsityConfig.from_json(config.to_json()) == config
+
+
+def test_measured_sparsity_weighs_sites_by_neurons(llama: Any, calibration: Calibration) -> None:
+    config = state_of(sparsify(llama, calibration, 0.5)).config
+    shares = [site.sparsity for site in config.sites.values()]
+    assert config.measured_sparsity == pytest.approx(sum(shares) / 2)
+    assert config.bytes_skipped == pytest.approx(2 / 3 * sum(shares) / 2)
+
+
+def test_sparsify_twice_is_refused(sparse_llama: Any, calibration: Calibration) -> None:
+    state = state_of(sparse_llama)
+    with pytest.raises(CatsparseError, match=r"already sparse.*densify") as caught:
+        sparsify(sparse_llama, calibration, 0.7)
+    one_line(caught)
+    assert state_of(sparse_llama) is state
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sparsity": 1.0}, "below 1"),
+        ({"sparsity": -0.1}, "at least 0"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"method": "topk"}, "cats, chess"),
+        ({"prefill": "sparse"}, "masked, dense"),
+    ],
+)
+def test_bad_argument_changes_nothing(
+    llama: Any, calibration: Calibration, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CatsparseError, match=says) as caught:
+        sparsify(llama, calibration, **options)
+    one_line(caught)
+    assert is_dense(llama)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 1}, "no gated MLP named 'model.layers.1.mlp'"),
+        ({"intermediate_size": 40}, "layers.0.mlp is .*40.* in the model but .*48"),
+        ({"hidden_size": 64}, "layers.0.mlp is .*64.* in the model but .*32"),
+        ({"hidden_act": "gelu"}, "gelu"),
+    ],
+)
+def test_wrong_model_is_refused(
+    calibration: Calibration, changes: dict[str, Any], says: str
+) -> None:
+    model = tiny.build(tiny.llama_config(**changes))
+    with pytest.raises(CatsparseError, match=says) as caught:
+        sparsify(model, calibration)
+    assert "use the model that was calibrated" in one_line(caught)
+    assert is_dense(model)
+
+
+def test_nothing_is_changed_if_one_site_does_not_fit(llama: Any, calibration: Calibration) -> None:
+    """The last site is the bad one: those before it must not have been made sparse."""
+    llama.model.layers[1].mlp = (
+        tiny.build(tiny.llama_config(intermediate_size=40)).model.layers[1].mlp
+    )
+    before = tiny.logits(llama)
+    with pytest.raises(CatsparseError):
+        sparsify(llama, calibration)
+    assert is_dense(llama)
+    assert torch.equal(tiny.logits(llama), before)
+
+
+def test_model_without_sites(calibration: Calibration) -> None:
+    with pytest.raises(CatsparseError, match="no gated MLP"):
+        sparsify(nn.Sequential(nn.Linear(3, 3)), calibration)
+
+
+def test_some_sites_only(llama: Any, calibration: Calibration) -> None:
+    del calibration.statistics[SITES[0]], calibration.sites[SITES[0]]
+    sparsify(llama, calibration)
+    assert list(sparse_modules(llama)) == SITES[1:]
+    densify(llama)
+    assert is_dense(llama)
+
+
+# A config alone
+
+
+def plain_config(model: Any, calibration: Calibration) -> SparsityConfig:
+    sparsify(model, calibration, 0.5, "cats", compensate=False)
+    config = state_of(model).config
+    densify(model)
+    return SparsityConfig.from_json(config.to_json())
+
+
+def test_config_alone_equals_the_calibration(llama: Any, calibration: Calibration) -> None:
+    config = plain_config(llama, calibration)
+    for length in (tiny.SHORT, tiny.LONG):
+        sparsify(llama, calibration, 0.5, "cats", compensate=False)
+        expected = tiny.logits(llama, length)
+        densify(llama)
+        sparsify(llama, config)
+        assert torch.equal(tiny.logits(llama, length), expected)
+        assert state_of(llama).config == config
+        densify(llama)
+
+
+def test_config_s_prefill_policy_counts(llama: Any, calibration: Calibration) -> None:
+    config = replace(plain_config(llama, calibration), prefill="dense")
+    dense = tiny.logits(llama, tiny.LONG)
+    sparsify(llama, config)
+    assert torch.equal(tiny.logits(llama, tiny.LONG), dense)
+    assert not torch.equal(
+        tiny.logits(llama, tiny.SHORT), tiny.logits(tiny.build(tiny.llama_config()), tiny.SHORT)
+    )
+
+
+@pytest.mark.parametrize("changes", [{"method": "chess"}, {"compensate": True}])
+def test_config_that_needs_its_calibration(
+    llama: Any, calibration: Calibration, changes: dict[str, Any]
+) -> None:
+    config = replace(plain_config(llama, calibration), **changes)
+    with pytest.raises(CatsparseError, match=r"catsparse\.load") as caught:
+        sparsify(llama, config)
+    one_line(caught)
+    assert is_dense(llama)
+
+
+def test_config_written_by_hand(llama: Any) -> None:
+    """Nothing but thresholds; the first layer keeps everything, the second nothing."""
+    sites = {
+        SITES[0]: SiteConfig(-1.0, 0.0, "silu", 32, 48),
+        SITES[1]: SiteConfig(1e30, 1.0, "silu", 32, 48),
+    }
+    dense = copy.deepcopy(llama)
+    sparsify(llama, SparsityConfig(sites=sites))
+    with torch.no_grad():
+        dense.model.layers[1].mlp.down_proj.weight.zero_()
+    torch.testing.assert_close(tiny.logits(llama), tiny.logits(dense))
+
+
+def test_config_that_names_an_unknown_module(llama: Any) -> None:
+    sites = {"model.layers.7.mlp": SiteConfig(0.1, 0.5, "silu", 32, 48)}
+    with pytest.raises(CatsparseError, match=r"'model\.layers\.7\.mlp'") as caught:
+        sparsify(llama, SparsityConfig(sites=sites))
+    assert f"(it has {', '.join(SITES)}" in one_line(caught)
+
+
+# densify
+
+
+def test_densify_restores_everything(llama: Any, calibration: Calibration) -> None:
+    parameters = dict(llama.named_parameters())
+    keys = {name: set(m.__dict__) for name, m in llama.named_modules()}
+    classes = [type(m) for m in llama.modules()]
+    before = {length: tiny.logits(llama, length) for length in (tiny.SHORT, tiny.LONG)}
+    for _ in range(2):
+        sparsify(llama, calibration)
+        assert densify(llama) is llama
+        assert is_dense(llama)
+        assert [type(m) for m in llama.modules()] == classes
+        assert {name: set(m.__dict__) for name, m in llama.named_modules()} == keys
+        assert all(p is parameters[n] for n, p in llama.named_parameters())
+        for length, logits in before.items():
+            assert torch.equal(tiny.logits(llama, length), logits)
+
+
+def test_densify_a_dense_model(llama: Any) -> None:
+    with pytest.raises(CatsparseError, match="not sparse") as caught:
+        densify(llama)
+    one_line(caught)
+
+
+def test_state_of_a_dense_model(llama: Any) -> None:
+    with pytest.raises(CatsparseError, match="sparsify") as caught:
+        state_of(llama)
+    one_line(caught)
+
+
+# run_dense
+
+
+def test_run_dense(sparse_llama: Any) -> None:
+    dense = tiny.build(tiny.llama_config())
+    for length in (tiny.SHORT, tiny.LONG):
+        sparse = tiny.logits(sparse_llama, length)
+        with run_dense(sparse_llama):
+            assert torch.equal(tiny.logits(sparse_llama, length), tiny.logits(dense, length))
+        assert torch.equal(tiny.logits(sparse_llama, length), sparse)
+
+
+def test_run_dense_ends_with_an_error(sparse_llama: Any) -> None:
+    sparse = tiny.logits(sparse_llama)
+    with pytest.raises(KeyboardInterrupt), run_dense(sparse_llama):
+        raise KeyboardInterrupt
+    assert torch.equal(tiny.logits(sparse_llama), sparse)
+
+
+def test_run_dense_within_run_dense(sparse_llama: Any) -> None:
+    dense = tiny.logits(tiny.build(tiny.llama_config()))
+    with run_dense(sparse_llama):
+        with run_dense(sparse_llama):
+            pass
+        assert torch.equal(tiny.logits(sparse_llama), dense)
+    assert not torch.equal(tiny.logits(sparse_llama), dense)
+
+
+# explain
+
+
+def test_explain_a_sparse_model(sparse_llama: Any) -> None:
+    lines = explain(sparse_llama).split("\n")
+    assert lines == [
+        f"{name}: sparse, per-neuron thresholds, compensated; decode by catsparse::gated_mlp "
+        "(torch)"
+        for name in SITES
+    ]
+
+
+def test_explain_says_why_children_are_called(llama: Any, calibration: Calibration) -> None:
+    sparsify(llama, calibration, method="cats", compensate=False)
+    llama.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, out: None)
+    first, second = explain(llama).split("\n")
+    threshold = state_of(llama).config.sites[SITES[0]].threshold
+    assert f"sparse, threshold {threshold:.4g}; decode by catsparse::gated_mlp" in first
+    assert second.endswith("decode by masked children (up_proj is hooked)")
+
+
+def test_explain_dense_and_refused_modules(llama: Any, calibration: Calibration) -> None:
+    assert explain(llama).split("\n") == [f"{name}: dense gated MLP (silu)" for name in SITES]
+    llama.model.layers[1].mlp.forward = lambda x: x
+    lines = explain(llama).split("\n")
+    assert lines[0] == f"{SITES[0]}: dense gated MLP (silu)"
+    assert lines[1].startswith(f"refused: LlamaMLP ({SITES[1]}): its forward was replaced")
+    assert explain(nn.Linear(2, 2)) == "Linear: no gated MLP found"
+
+
+def test_explain_finds_nothing_refused_in_a_sparse_model(sparse_llama: Any) -> None:
+    assert "refused" not in explain(sparse_llama)
+
+
+# base_model_of
+
+
+def test_base_model_of() -> None:
+    model = tiny.build(tiny.llama_config())
+    model.config._name_or_path = "owner/name"
+    model.config._commit_hash = "abc"
+    assert base_model_of(model) == catsparse.config.BaseModel("owner/name", "llama", "abc")
+    assert base_model_of(nn.Linear(1, 1)) is None
