@@ -32,6 +32,7 @@ LAYERS = {
     "meter": 3,
     "decoding": 4,
     "hub": 4,
+    "quantizer": 4,
     "text": 5,
     "evaluate": 5,
     "finetune": 5,
@@ -138,16 +139,17 @@ def test_kernels_know_no_models() -> None:
         assert own_imports(path) == set()
 
 
-def test_only_hub_uses_the_loading_api() -> None:
-    """The Auto classes and the quantizer registry of transformers have one reader."""
-    readers = {
-        unit(path)
-        for path in files()
-        for module, names in imports(path)
-        if module.split(".")[0] == "transformers"
-        and (any(name.startswith("Auto") for name in names) or "quantizers" in module)
-    }
-    assert readers == {"hub"}
+def test_the_loading_api_of_transformers_has_one_reader() -> None:
+    """hub uses the Auto classes, quantizer the registry behind ``quant_method``; nobody else."""
+    auto, registry = set(), set()
+    for path in files():
+        for module, names in imports(path):
+            if module.split(".")[0] == "transformers":
+                if any(name.startswith("Auto") for name in names):
+                    auto.add(unit(path))
+                if "quantizers" in module:
+                    registry.add(unit(path))
+    assert (auto, registry) == ({"hub"}, {"quantizer"})
 
 
 def test_no_pickle() -> None:

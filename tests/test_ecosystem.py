@@ -449,6 +449,25 @@ def test_assigned_weights_then_decode(sparse: Any) -> None:
     assert matches_by_hand(sparse, other)
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "sgd", "fused adamw"])
+def test_changed_weights_then_compiled_decode(sparse: Any, how: str) -> None:
+    """Compiled code cannot watch the weights; no eval() tells it either."""
+    if how == "load_state_dict":
+        sparse.load_state_dict(build(llama_config(), seed=4).state_dict())
+    else:
+        wanted = list(sparse.parameters())
+        optimizer = torch.optim.SGD(wanted, lr=0.05)
+        if how == "fused adamw":
+            optimizer = torch.optim.AdamW(wanted, lr=0.01, fused=True)
+        ids = tokens(2, LONG, seed=9)
+        sparse(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    dense = build(llama_config())
+    dense.load_state_dict(sparse.state_dict())
+    compiled = torch.compile(sparse.forward, fullgraph=True, backend="eager", dynamic=False)
+    assert close(logits(compiled, SHORT), logits(masked_by_hand(sparse, dense), SHORT))
+
+
 # -- quantized weights
 
 

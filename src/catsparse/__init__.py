@@ -3,7 +3,8 @@
 Importing also lets transformers restore merged directories (``quant_method: cats``).
 """
 
-from . import hub
+from . import hub as hub
+from . import quantizer
 from ._version import __version__
 from .calibration import Calibration
 from .config import SparsityConfig
@@ -13,7 +14,7 @@ from .meter import achieved_sparsity
 from .observation import calibrate
 from .surgery import densify, explain, sparsify
 
-hub.register_with_transformers()
+quantizer.register_with_transformers()
 
 __all__ = [
     "Calibration",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -170,18 +171,30 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide a shared artifact
+        temporary.chmod(default_mode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def default_mode() -> int:
+    """Permissions of an ordinary new file: a temporary file's 0600 would hide a shared one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def shorten(value: object, limit: int = 80) -> str:
-    """``value`` as one short line: what a file or a caller gave may be of any length."""
+    """``value`` as one short printable line: what a file or a caller gave may be anything."""
     text = " ".join(str(value)[: 4 * limit].split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def first_sentence(error: Exception) -> str:
+    """What another library says, cut to its first sentence and to one printable line."""
+    sentence = re.split(r"[.!?]\s", f"{error} ".strip() + " ", maxsplit=1)[0]
+    return shorten(sentence, 200) or type(error).__name__
 
 
 def parse_json(text: str, source: str) -> object:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import CatsparseError
 from .meter import achieved_sparsity
 from .modules import sparse_modules
+from .observation import evaluating
 from .surgery import run_dense
 
 
@@ -72,15 +73,12 @@ def perplexity(
         batches, label, console=Console(stderr=True), transient=True, disable=not progress
     )
     losses = []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for ids in shown:
             ids = ids.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits
             for row, targets in zip(logits, ids, strict=True):
                 losses.append(F.cross_entropy(row[:-1].float(), targets[1:]).double().cpu())
-    model.train(was_training)
     values = torch.stack(losses)
     mean = float(values.mean())
     if not math.isfinite(mean):

@@ -7,33 +7,40 @@ Only safetensors are read, never pickles, and no downloaded code is run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-import types
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, device, float32
+from torch import Tensor, device, float32, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .calibration import Calibration
-from .config import CALIBRATION_NAME, CONFIG_NAME, SparsityConfig, write_atomic
+from .config import (
+    CALIBRATION_NAME,
+    CONFIG_NAME,
+    SiteConfig,
+    SparsityConfig,
+    default_mode,
+    first_sentence,
+    shorten,
+)
 from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import sparse_modules
-from .surgery import apply_thresholds, state_of
+from .surgery import apply_thresholds, densify, state_of
 
 DEFAULT_MODEL = "default"
 _BUNDLED = Path(__file__).parent / "models" / "default"
-_QUANT_METHOD = "cats"
+# What a merged directory's config.json says; quantizer.py answers to it.
+QUANT_METHOD = "cats"
 
 
 def save(model: Any, directory: str | Path, merge: bool = False) -> None:
@@ -48,29 +55,48 @@ def save(model: Any, directory: str | Path, merge: bool = False) -> None:
     Raises:
         CatsparseError: the model is dense, holds unmerged adapters, or has no base to refer to.
     """
+    save_files(model, Path(directory), merge)
+
+
+def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: Any) -> None:
+    """:func:`save`; the keywords go to ``save_pretrained`` (a shard size, say)."""
     state = state_of(model)
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
         )
-    target = Path(directory)
     config = replace(state.config, base_model=_portable_base(state.config, merge))
     if target.exists() and not target.is_dir():
         raise CatsparseError(f"{target} is a file; name a folder")
-    target.mkdir(parents=True, exist_ok=True)
-    if merge:
-        _save_weights(model, target)
     tensors = {} if state.calibration is None else state.calibration.tensors()
     metadata = {} if state.calibration is None else state.calibration.metadata()
+    metadata["catsparse.digest"] = _digest(config)
     for name, t in state.thresholds.items():
         tensors[f"{name}.threshold"] = t.threshold.contiguous()
         if t.mean is not None:
             tensors[f"{name}.mean"] = t.mean.contiguous()
-    write_atomic(target / CALIBRATION_NAME, lambda path: save_file(tensors, path, metadata))
-    card = _card(config, merge)
-    write_atomic(target / "README.md", lambda path: _write(path, card))
-    # Last: a directory with this file in it is complete.
-    write_atomic(target / CONFIG_NAME, lambda path: _write(path, config.to_json()))
+    target.mkdir(parents=True, exist_ok=True)
+    # Everything is written beside the old files before the first of them is replaced.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+        staging = Path(name)
+        if merge:
+            _write_weights(model, staging, **save_pretrained_kwargs)
+        save_file(tensors, staging / CALIBRATION_NAME, metadata)
+        (staging / "README.md").write_text(_card(config, merge), encoding="utf-8")
+        (staging / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        written = {path.name for path in staging.iterdir()}
+        # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
+        for file in sorted(written, key=_replacing_order):
+            (staging / file).chmod(default_mode())
+            os.replace(staging / file, target / file)
+    if merge:
+        for stale in target.glob("model*.safetensors*"):
+            if stale.name not in written:
+                stale.unlink()
+
+
+def _replacing_order(file: str) -> tuple[bool, bool, bool, str]:
+    return file != CALIBRATION_NAME, file == CONFIG_NAME, file == "config.json", file
 
 
 def load(
@@ -103,6 +129,8 @@ def load(
             f"{directory} belongs to a {expected} model, {base_model} is a "
             f"{model.config.model_type}; give the right one with base_model=..."
         )
+    if sparse_modules(model):  # the given base was itself a merged directory
+        densify(model)
     return apply_thresholds(model, config, thresholds, calibration)
 
 
@@ -113,13 +141,17 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
         CatsparseError: there is no such model, or not in safetensors.
     """
     from_pretrained_kwargs.setdefault("use_safetensors", True)
+    # Said outright, or transformers asks on the terminal whether to run the repository's code.
+    from_pretrained_kwargs.setdefault("trust_remote_code", False)
+    _check_path(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), **from_pretrained_kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, CatsparseError):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise CatsparseError(f"cannot load the model {name}: {reason}") from error
+        raise CatsparseError(
+            f"cannot load the model {shorten(name)}: {first_sentence(error)}"
+        ) from error
     return model.eval()
 
 
@@ -130,12 +162,14 @@ def load_skeleton(name: str) -> Any:
         CatsparseError: there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(model_path(name))
+        _check_path(name)
+        config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
         with device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CatsparseError(f"cannot read the model {name}: {reason}") from error
+        raise CatsparseError(
+            f"cannot read the model {shorten(name)}: {first_sentence(error)}"
+        ) from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -144,10 +178,17 @@ def load_tokenizer(name: str) -> Any:
         base = SparsityConfig.from_file(Path(name) / CONFIG_NAME).base_model
         name = base.name_or_path if base else name
     try:
-        return AutoTokenizer.from_pretrained(model_path(name))
+        return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CatsparseError(f"cannot load the tokenizer of {name}: {reason}") from error
+        raise CatsparseError(
+            f"cannot load the tokenizer of {shorten(name)}: {first_sentence(error)}"
+        ) from error
+
+
+def _check_path(name: str) -> None:
+    """Refuse what can only be a path and is no folder, before a Hub is asked for it."""
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise CatsparseError(f"there is no folder {shorten(name)}; check the path")
 
 
 def model_path(name: str) -> str:
@@ -186,10 +227,34 @@ def read_artifact(
             thresholds = {
                 name: _read_threshold(config, name, names, file.get_tensor) for name in config.sites
             }
-            has_statistics = "catsparse.sites" in (file.metadata() or {})
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise CatsparseError(f"{tensor_path} is damaged ({error}); save it again") from error
-    return config, thresholds, Calibration.load(tensor_path) if has_statistics else None
+        reason = first_sentence(error)
+        raise CatsparseError(f"{tensor_path} is damaged ({reason}); save it again") from error
+    if metadata.get("catsparse.digest") != _digest(config):
+        raise CatsparseError(
+            f"{CONFIG_NAME} and {CALIBRATION_NAME} in {directory} do not belong together; "
+            "save it again"
+        )
+    if "catsparse.sites" not in metadata:
+        return config, thresholds, None
+    calibration = Calibration.load(tensor_path)
+    for name, site in config.sites.items():
+        _check_statistics(name, site, calibration)
+    return config, thresholds, calibration
+
+
+def _check_statistics(name: str, site: SiteConfig, calibration: Calibration) -> None:
+    seen = calibration.sites.get(name)
+    same = seen is not None and (seen.act, seen.hidden_size, seen.intermediate_size) == (
+        site.act,
+        site.hidden_size,
+        site.intermediate_size,
+    )
+    if not same:
+        raise CatsparseError(
+            f"the statistics of {shorten(name)} are those of another model; calibrate again"
+        )
 
 
 def _read_threshold(
@@ -255,29 +320,29 @@ def _portable_base(config: SparsityConfig, merge: bool) -> Any:
     return replace(base, name_or_path=str(Path(name).resolve())) if Path(name).is_dir() else base
 
 
-def _save_weights(model: Any, target: Path) -> None:
-    """save_pretrained into a folder beside the files, then move each of them into place."""
+def _write_weights(model: Any, folder: Path, **save_pretrained_kwargs: Any) -> None:
+    """``save_pretrained`` with a config.json that says ``quant_method: cats``."""
     had_config = getattr(model.config, "quantization_config", None)
-    if had_config is not None and not isinstance(had_config, CatsConfig):
+    plain = all(type(p) is nn.Parameter for p in model.parameters())
+    if not plain or getattr(had_config, "quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise CatsparseError(
             "the model's weights are quantized, so they cannot be merged; save without merge"
         )
-    with tempfile.TemporaryDirectory(dir=target, prefix=".merge-") as temporary:
-        try:
-            model.config.quantization_config = CatsConfig()
-            type(model).save_pretrained(model, temporary)
-        finally:
-            if had_config is None:
-                del model.config.quantization_config
-            else:
-                model.config.quantization_config = had_config
-        # config.json last: until it is there, the folder is not a model.
-        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
-            os.replace(path, target / path.name)
+    try:
+        model.config.quantization_config = {"quant_method": QUANT_METHOD}
+        type(model).save_pretrained(model, folder, **save_pretrained_kwargs)
+    finally:
+        if had_config is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = had_config
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _digest(config: SparsityConfig) -> str:
+    """Ties the two files together: what of ``catsparse.json`` the tensors belong to."""
+    sites = {name: asdict(site) for name, site in config.sites.items()}
+    text = json.dumps([config.method, config.compensate, sites], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _card(config: SparsityConfig, merge: bool) -> str:
@@ -303,67 +368,3 @@ def _card(config: SparsityConfig, merge: bool) -> str:
         f"{config.bytes_skipped:.1%} of the MLP's weight bytes skipped in decode.\n\n"
         f"```python\n{code}```\n{note}"
     )
-
-
-class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a merged directory: a marker; the data is in its own two files."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = _QUANT_METHOD
-
-
-class CatsQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Makes transformers put the thresholds on after it has loaded a merged directory."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Nothing: buffers set before the weights are loaded would not survive it."""
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        source = model.config._name_or_path
-        artifact = read_artifact(source, getattr(model.config, "_commit_hash", None))
-        apply_thresholds(model, *artifact)
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
-        return model
-
-    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        model = super().postprocess_model(model, **kwargs)
-        for module in model.modules():
-            # The weights are ordinary: .half() and full fine-tuning must work.
-            if "is_quantized" in module.__dict__:
-                module.is_quantized = False
-        return model
-
-    def forget(self, model: Any) -> None:
-        """After densify: the model is an ordinary dense one again."""
-        self.remove_quantization_config(model)
-        model.__dict__.pop("save_pretrained", None)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """A merged model's ``save_pretrained``: the weights and the thresholds with them."""
-    if sparse_modules(model):
-        save(model, Path(save_directory), merge=True)
-    else:
-        type(model).save_pretrained(model, save_directory, **kwargs)
-
-
-def register_with_transformers() -> None:
-    """Register ``quant_method: cats``; safe to call again."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    if _QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(_QUANT_METHOD)(CatsConfig)
-        register_quantizer(_QUANT_METHOD)(CatsQuantizer)

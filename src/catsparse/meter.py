@@ -73,11 +73,13 @@ def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
         print(meter.sparsity, meter.sites)
 
     Raises:
-        CatsparseError: the model is dense.
+        CatsparseError: the model is dense, or being measured already.
     """
     modules = sparse_modules(model)
     if not modules:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
+    if any(module.catsparse_counter is not None for module in modules.values()):
+        raise CatsparseError("the model is being measured already; use the outer meter")
     meter = SparsityMeter(modules)
     try:
         for name, module in modules.items():

@@ -85,6 +85,8 @@ class SparseMLP(nn.Module):
         )
 
     def _masked(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._forget_bias()  # fused optimizers step past the version counter
         gate = getattr(self, self.site_gate)(x)
         if self.site_up is None:
             gate, up = gate.chunk(2, dim=-1)
@@ -155,17 +157,29 @@ class SparseMLP(nn.Module):
         self._catsparse_bias_key = _version(weight)
 
     def train(self, mode: bool = True) -> SparseMLP:
+        stepped = self.training and not mode
         super().train(mode)
-        if not mode and self.why_not_raw() is None:
-            self._bias_is_ready()  # a compiled forward cannot notice changed weights
+        if stepped:
+            self.refresh_bias()
+        elif not mode and self.why_not_raw() is None:
+            self._bias_is_ready()  # here, as a compiled forward cannot notice changed weights
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self.site_down:
             # A LoRA merge writes through .data, unseen by the version counter, but always swaps
             # the child out and in.
-            self.__dict__["_catsparse_bias_key"] = None
+            self._forget_bias()
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_bias()
+
+    def _forget_bias(self) -> None:
+        """The weights may change: compute the bias again before it is used. Until then a compiled
+        forward, which cannot, masks between the children."""
+        self._catsparse_bias_key, self.catsparse_bias = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
         exact = {name: self._buffers.get(name) for name in _BUFFERS}
@@ -266,9 +280,11 @@ def _act(kind: str) -> Callable[[Tensor], Tensor]:
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:
-    """accelerate keeps the bound forward it wrapped in ``_old_forward``: point it at the class."""
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+    """Point accelerate's bound forwards at the new class: what it wraps, and what it leaves."""
+    for name in ("_old_forward", "forward"):
+        bound = module.__dict__.get(name)
+        if isinstance(bound, types.MethodType) and bound.__self__ is module:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -79,7 +79,7 @@ def calibrate(
         transient=True,
         disable=not progress,
     )
-    with _hooks(model, sites, run), _evaluating(model), torch.no_grad():
+    with _hooks(model, sites, run), evaluating(model), torch.no_grad():
         for batch in shown:
             run.step(batch)
     return run.finish()
@@ -254,7 +254,7 @@ def _watch(module: nn.Module, site: Site, seen: dict[str, Tensor], run: _Run) ->
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) that gives every module its own training flag back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -297,8 +297,11 @@ def _model_hash(model: nn.Module, sites: list[Site], dtype: str) -> Any:
     """Tells models apart: their sites, dtype and a little of each site's weights."""
     digest = hashlib.sha256(repr((sites, dtype)).encode())
     for site in sites:
-        weight = getattr(model.get_submodule(site.name).get_submodule(site.gate), "weight", None)
-        if isinstance(weight, Tensor) and weight.device.type != "meta":
+        weight: Any = getattr(
+            model.get_submodule(site.name).get_submodule(site.gate), "weight", None
+        )
+        readable = weight is not None and type(weight) in (Tensor, nn.Parameter)
+        if readable and weight.device.type != "meta":
             digest.update(_bytes(weight.detach().flatten()[:64].float()))
     return digest
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -175,7 +176,8 @@ def _is_candidate(module: nn.Module) -> bool:
 
 def _check_instance(module: nn.Module) -> None:
     replaced = module.__dict__.get("forward")
-    if replaced is not None and "_old_forward" not in module.__dict__:
+    own = isinstance(replaced, types.MethodType) and replaced.__func__ is type(module).forward
+    if replaced is not None and not own and "_old_forward" not in module.__dict__:
         raise _Mismatch(
             "its forward was replaced on the instance by "
             f"{getattr(replaced, '__qualname__', type(replaced).__name__)}"

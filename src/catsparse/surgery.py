@@ -100,14 +100,14 @@ def densify(model: Any) -> Any:
 @contextmanager
 def run_dense(model: nn.Module) -> Iterator[None]:
     """Run a sparse model's dense forward inside the ``with`` block; nothing is copied."""
-    modules = sparse_modules(model).values()
+    before = {module: module.catsparse_enabled for module in sparse_modules(model).values()}
     try:
-        for module in modules:
+        for module in before:
             module.catsparse_enabled = False
         yield
     finally:
-        for module in modules:
-            module.catsparse_enabled = True
+        for module, enabled in before.items():
+            module.catsparse_enabled = enabled
 
 
 @dataclass(frozen=True)
