@@ -18,11 +18,11 @@ import torch
 import transformers
 
 from catsparse import calibrate, densify, hub, sparsify
+from catsparse.config import METHODS
 from catsparse.data import load_windows
 from catsparse.evaluate import Evaluation, Perplexity, evaluate
 
 SPARSITIES = (0.25, 0.5, 0.7, 0.9)
-METHODS = ("cats", "chess")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(hub.bundled_text("calibration")))
     parser.add_argument("--heldout", default=str(hub.bundled_text("heldout")))
     parser.add_argument("--tokens", type=int, default=100_000, help="of each text, at most")
+    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -43,9 +44,13 @@ def main() -> None:
     heldout = load_windows(args.heldout, tokenizer, seed=None, **sizes)
 
     name = Path(args.model).name
-    rows: list[dict[str, object]] = []
+    chosen = tuple(args.method or METHODS)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"quality-{name}.jsonl"
+    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows: list[dict[str, object]] = [r for r in map(json.loads, kept) if r["method"] not in chosen]
     dense: Perplexity | None = None
-    for method, compensate, s in itertools.product(METHODS, (False, True), SPARSITIES):
+    for method, compensate, s in itertools.product(chosen, (False, True), SPARSITIES):
         sparsify(model, calibration, s, method, compensate)
         e = evaluate(model, heldout, dense=dense)
         dense = e.dense_perplexity
@@ -53,10 +58,11 @@ def main() -> None:
         rows.append(
             _row(name, Path(args.data).name, Path(args.heldout).name, method, compensate, s, e)
         )
-        print(f"{method} {'compensated' if compensate else 'plain':11} {s:.0%}: {e.rise:+.1%}")
+        print(
+            f"{method} {'compensated' if compensate else 'plain':11} {s:.0%}: {e.rise:+.1%}",
+            flush=True,
+        )
 
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"quality-{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"\n{_table(rows)}\nrows: {path}")
 

@@ -141,7 +141,7 @@ def test_info_of_artifact_and_of_dense_model(
 ) -> None:
     code, text, _ = run(capsys, "info", artifact, "--json")
     assert code == 0
-    assert json.loads(text)["method"] == "chess"
+    assert json.loads(text)["method"] == "energy"
     assert "model.layers.0.mlp" in run(capsys, "info", artifact)[1]
     assert "dense gated MLP (silu)" in run(capsys, "info")[1]
 

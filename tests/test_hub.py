@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import catsparse
-from catsparse import CatsparseError, hub, surgery
+from catsparse import CatsparseError, hub, quantizer, surgery
 from catsparse.config import MAX_CONFIG_BYTES
 from catsparse.modules import sparse_modules
 from tiny import LONG, SHORT, build, calibrate, close, llama_config, logits, save_base, tokens

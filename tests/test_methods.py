@@ -74,6 +74,21 @@ def test_chess_against_brute_force(sparsity: float) -> None:
     assert float((~kept(g, t.threshold)).float().mean()) == pytest.approx(sparsity, abs=0.01)
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_energy_against_brute_force(sparsity: float) -> None:
+    """Keep iff |g| E[u^2] > T, T the s-quantile of the scores."""
+    g, u, h = uneven()
+    t = site_threshold(count((g, u, h)), "energy", sparsity, False)
+    energy = (u.double() ** 2).mean(0)
+    scores = g.double().abs() * energy
+    cut = float(scores.flatten().quantile(sparsity))
+    assert t.scalar == pytest.approx(cut, rel=0.03)
+    torch.testing.assert_close(
+        t.threshold.double() * energy, torch.full_like(energy, t.scalar), rtol=2**-7, atol=0
+    )
+    assert float((kept(g, t.threshold) == (scores > cut)).float().mean()) > 0.99
+
+
 def test_chess_equals_cats_where_all_neurons_are_alike() -> None:
     g, _, _ = activations(TOKENS, NEURONS)
     u = torch.ones_like(g) * 3
@@ -126,7 +141,7 @@ def test_dead_neuron_is_dropped_and_has_no_mean(method: str, dead: str) -> None:
     assert t.mean is not None
     assert bool(t.mean.isfinite().all())
     assert float(t.mean[4]) == 0
-    if dead == "gate" or method == "chess":
+    if dead == "gate" or method != "cats":
         assert not bool(kept(g, t.threshold)[:, 4].any())
 
 

@@ -16,6 +16,7 @@ from catsparse.statistics import (
     BUCKETS,
     DroppedMass,
     SiteStatistics,
+    _histogram,
     bin_values,
     bins_below,
     bucket_of,
@@ -290,6 +291,13 @@ def test_quantile_with_many_ties(values: list[float], sparsity: float) -> None:
 
 def test_nothing_is_dropped_at_sparsity_zero() -> None:
     assert count(activations(50, 8, relu=True)).quantile_bin(0.0) == -1
+
+
+@pytest.mark.parametrize(("tokens", "neurons"), [(1, 1), (5, 7), (40, 200)])
+def test_histogram_in_copies(tokens: int, neurons: int) -> None:
+    """What a GPU does, on the CPU."""
+    bins = magnitude_bins(activations(tokens, neurons)[0])
+    assert torch.equal(_histogram(bins, copies=64), _histogram(bins, copies=1))
 
 
 def test_quantile_of_nothing() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import (
     ACTIVATIONS,
+    DEFAULT_METHOD,
     Provenance,
     build,
     check_choice,
@@ -53,7 +54,7 @@ class Calibration:
     provenance: Provenance
 
     def thresholds(
-        self, sparsity: float, method: str = "chess", compensate: bool = True
+        self, sparsity: float, method: str = DEFAULT_METHOD, compensate: bool = True
     ) -> dict[str, SiteThreshold]:
         """Thresholds and means for each site, without touching the model.
 

@@ -34,7 +34,7 @@ from .cli_common import (
     print_json,
     token_windows,
 )
-from .config import METHODS, PREFILL_POLICIES, check_choice, check_sparsity
+from .config import DEFAULT_METHOD, METHODS, PREFILL_POLICIES, check_choice, check_sparsity
 from .errors import CatsparseError
 
 app = typer.Typer(
@@ -69,10 +69,11 @@ def _main(
 
 @app.command()
 def sparsify(
+    context: typer.Context,
     model: Model = "default",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
     sparsity: Annotated[float, typer.Option(help="Fraction of neurons to drop, 0 to 1.")] = 0.5,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "chess",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
     compensate: Annotated[
         bool, typer.Option(help="Replace dropped neurons by their means (free at run time).")
     ] = True,
@@ -106,6 +107,13 @@ def sparsify(
 
     calibration: Calibration | None = None
     if hub.is_artifact(model):
+        for name in ("data", "column", "tokens", "seq_len", "batch_size", "seed"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise CatsparseError(
+                    f"{model} brings its own calibration; leave out --{name.replace('_', '-')}, or "
+                    "name the dense model to calibrate again"
+                )
         sparse, tokenizer = load(model, device, dtype)
         calibration = state_of(sparse).calibration
         if calibration is None:

@@ -21,7 +21,8 @@ from .errors import CatsparseError
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
 FORMAT_VERSION = 1
-METHODS = ("cats", "chess")
+METHODS = ("cats", "chess", "energy")
+DEFAULT_METHOD = "energy"
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.

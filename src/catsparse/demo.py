@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import hub
+from .config import DEFAULT_METHOD
 from .data import load_windows
 from .evaluate import Evaluation, evaluate
 from .observation import calibrate
@@ -90,7 +91,7 @@ def _table(evaluations: list[Evaluation]) -> Table:
         "MLP bytes skipped",
         "perplexity",
         "rise",
-        title="the bundled model on held-out books (chess thresholds, compensated)",
+        title=f"the bundled model on held-out books ({DEFAULT_METHOD}, compensated)",
         title_justify="left",
     )
     table.add_row("dense", "", "", f"{dense.value:.2f} ± {dense.standard_error:.2f}", "")

@@ -121,7 +121,8 @@ class SparseMLP(nn.Module):
                 continue
             child = getattr(self, name)
             if type(child) is not nn.Linear:
-                return f"{name} is {type(child).__name__}"
+                kind = type(child)  # LoRA's linear is called Linear too: say whose it is
+                return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
             if type(child.weight) is not nn.Parameter:
                 return f"{name} holds {type(child.weight).__name__}"
             if child.bias is not None:

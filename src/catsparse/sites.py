@@ -160,18 +160,33 @@ def _is_candidate(module: nn.Module) -> bool:
     Raises:
         _Mismatch: for experts held as 3-D parameters, which need no tracing to be recognised.
     """
-    parameters = dict(module.named_parameters(recurse=False))
-    if sum(p.dim() == 3 for p in parameters.values()) >= 2:
+    if _holds_experts(module):
         raise _Mismatch("experts (3-D weights): not yet")
     children = dict(module.named_children())
     linears = [c for c in children.values() if _is_linear(c)]
     if not 2 <= len(linears) <= 3 or len(children) > 8:
         return False
+    if any(not _is_linear(c) and any(True for _ in c.children()) for c in children.values()):
+        return False  # a whole layer
     # An MLP maps H to I and back; attention does too, but has no activation between.
     sizes = [(c.in_features, c.out_features) for c in linears]
     returns = any(a[0] == b[1] and a is not b for a in sizes for b in sizes)
     has_act = any(_looks_like_activation(c) for c in children.values())
     return returns and (has_act or len(children) == len(linears) == 3)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Gate and up ``[E, 2I, H]`` (or apart) with down ``[E, H, I]``, or each of them transposed."""
+    shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 3]
+    return any(
+        up[0] == down[0]
+        and (
+            (up[2] == down[1] and up[1] in (down[2], 2 * down[2]))
+            or (up[1] == down[2] and up[2] in (down[1], 2 * down[1]))
+        )
+        for i, up in enumerate(shapes)
+        for down in shapes[i + 1 :]
+    )
 
 
 def _check_instance(module: nn.Module) -> None:

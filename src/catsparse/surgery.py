@@ -12,7 +12,14 @@ from torch import nn
 
 from ._version import __version__
 from .calibration import Calibration
-from .config import PREFILL_POLICIES, BaseModel, SiteConfig, SparsityConfig, check_choice
+from .config import (
+    DEFAULT_METHOD,
+    PREFILL_POLICIES,
+    BaseModel,
+    SiteConfig,
+    SparsityConfig,
+    check_choice,
+)
 from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import add_sparsity, remove_sparsity, sparse_modules
@@ -24,7 +31,7 @@ def sparsify(
     model: Any,
     calibration_or_config: Calibration | SparsityConfig,
     sparsity: float = 0.5,
-    method: str = "chess",
+    method: str = DEFAULT_METHOD,
     compensate: bool = True,
     prefill: str = "masked",
 ) -> Any:
@@ -41,7 +48,8 @@ def sparsify(
             ``cats`` without compensation, whose scalar thresholds are used as they are (the
             other arguments are then the config's own).
         sparsity: fraction of neurons to drop, 0 <= sparsity < 1; 0 keeps the dense result.
-        method: ``cats`` (one threshold a layer) or ``chess`` (one a neuron).
+        method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron); see
+            :mod:`catsparse.methods`.
         compensate: replace a dropped neuron by its mean over the tokens it is dropped on.
         prefill: ``masked`` (every token is thresholded) or ``dense`` (calls of more than 16
             tokens run dense, so only decode is sparse).
