@@ -26,6 +26,11 @@ def kept(g: Tensor, threshold: Tensor) -> Tensor:
     return g.float().abs() > threshold
 
 
+def often(dropped: Tensor) -> Tensor:
+    """Neurons dropped on a twentieth of the tokens: of the others there is too little to average."""
+    return dropped.float().mean(0) > 0.05
+
+
 def chess_by_hand(g: Tensor, u: Tensor, sparsity: float) -> tuple[Tensor, float]:
     """(keep mask, T): score g_i^2 E[u_i^2] of every token and neuron, T its quantile."""
     score = g.double() ** 2 * (u.double() ** 2).mean(0)
@@ -220,7 +225,7 @@ def test_no_other_constant_does_better(method: str) -> None:
 
     at_mean = error(t.mean)
     for step in (-0.4, -0.2, 0.2, 0.4):
-        assert bool((error(t.mean + step * spread) > at_mean).all())
+        assert bool((error(t.mean + step * spread) > at_mean)[often(dropped)].all())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -232,7 +237,7 @@ def test_means_are_over_dropped_tokens_only(method: str) -> None:
     direct = (h.double() * dropped).sum(0) / dropped.sum(0)
     typical = ((h.double() ** 2 * dropped).sum(0) / dropped.sum(0)).sqrt()
     # Interpolation within half-octaves: a percent of the squared error at the most.
-    off = ((t.mean - direct) / typical).square()
+    off = ((t.mean - direct) / typical).square()[often(dropped)]
     assert float(off.max()) < 0.01
     assert float(off.mean()) < 0.001
     everywhere = F.mse_loss(h.double().mean(0) / typical, direct / typical)

@@ -255,7 +255,7 @@ def test_wrapped_child_is_called(spy: list[int]) -> None:
     before = mlp(x)
     spy.clear()
     mlp.down_proj.__class__ = Doubled
-    assert refusal(mlp, x, spy) == "down_proj is Doubled"
+    assert refusal(mlp, x, spy) == f"down_proj is {__name__}'s Doubled"
     torch.testing.assert_close(mlp(x), 2 * before, rtol=1e-4, atol=1e-5)
 
 
