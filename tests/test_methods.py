@@ -27,7 +27,7 @@ def kept(g: Tensor, threshold: Tensor) -> Tensor:
 
 
 def often(dropped: Tensor) -> Tensor:
-    """Neurons dropped on a twentieth of the tokens: of the others there is too little to average."""
+    """Neurons dropped on a twentieth of the tokens; of the rest there is too little to average."""
     return dropped.float().mean(0) > 0.05
 
 
