@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,10 +239,21 @@ def test_interrupt_keeps_the_calibration_and_goes_on(
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("shell", ["bash"])
-def test_shell_completion(shell: str) -> None:
+def test_options_without_effect_are_refused(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(capsys, "sparsify", artifact, "-o", tmp_path / "x", "--tokens", 999)
+    assert code == 2
+    assert "--tokens" in error
+
+
+def test_shell_completion() -> None:
+    command = Path(sys.executable).with_name("catsparse")
+    if not command.exists():
+        pytest.skip("the catsparse command is not installed beside this Python")
     done = subprocess.run(
-        [sys.executable, "-m", "catsparse.cli", "--show-completion", shell],
+        [str(command)],
+        env={**os.environ, "_CATSPARSE_COMPLETE": "source_bash"},
         capture_output=True,
         text=True,
         check=False,

@@ -237,7 +237,7 @@ def test_perplexity_rises_with_sparsity(dense: Any, calibration: catsparse.Calib
     own = dense.generate(tokens(6, 2), max_new_tokens=30, do_sample=True)
     rises = []
     for sparsity in (0.3, 0.6, 0.9):
-        rises.append(evaluated(catsparse.sparsify(dense, calibration, sparsity), own).rise)
+        rises.append(evaluated(catsparse.sparsify(dense, calibration, sparsity, "cats"), own).rise)
         catsparse.densify(dense)
     assert 0 < rises[0] < rises[1] < rises[2]
 

@@ -32,6 +32,7 @@ from .cli_common import (
     load_dense,
     out,
     print_json,
+    refuse_options,
     token_windows,
 )
 from .config import DEFAULT_METHOD, METHODS, PREFILL_POLICIES, check_choice, check_sparsity
@@ -107,13 +108,11 @@ def sparsify(
 
     calibration: Calibration | None = None
     if hub.is_artifact(model):
-        for name in ("data", "column", "tokens", "seq_len", "batch_size", "seed"):
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                raise CatsparseError(
-                    f"{model} brings its own calibration; leave out --{name.replace('_', '-')}, or "
-                    "name the dense model to calibrate again"
-                )
+        refuse_options(
+            context,
+            ("data", "column", "tokens", "seq_len", "batch_size", "seed"),
+            f"{model} brings its own calibration; name the dense model to calibrate again",
+        )
         sparse, tokenizer = load(model, device, dtype)
         calibration = state_of(sparse).calibration
         if calibration is None:

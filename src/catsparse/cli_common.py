@@ -73,6 +73,14 @@ def _placed(model: Any, device: str | None) -> Any:
         raise CatsparseError(f"cannot use the device {name}: {reason}") from error
 
 
+def refuse_options(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Say so where an option was given that would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise CatsparseError(f"--{name.replace('_', '-')} does nothing here: {why}")
+
+
 def token_windows(
     data: str | None,
     bundled: str,
