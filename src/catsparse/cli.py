@@ -383,23 +383,14 @@ def main() -> NoReturn:
     """Entry point: turns exceptions into one sentence and an exit code."""
     try:
         app()
-    except CatsparseError as error:
-        if _debug:
-            raise
-        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
     except Exception as error:
         if _debug:
             raise
-        err.print(
-            f"internal error: {type(error).__name__}: {error} "
-            "(catsparse --debug ... shows the traceback)",
-            style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        sys.exit(1)
+        known = isinstance(error, CatsparseError)
+        hint = " (catsparse --debug ... shows the traceback)"
+        text = f"error: {error}" if known else f"{type(error).__name__}: {error}{hint}"
+        err.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2 if known else 1)
     sys.exit(0)
 
 
