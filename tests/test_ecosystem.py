@@ -29,7 +29,7 @@ from catsparse.modules import sparse_modules
 from tiny import (
     LONG,
     SHORT,
-    VOCABULARY,
+    SMALL,
     build,
     calibrate,
     close,
@@ -42,15 +42,6 @@ from tiny import (
 
 NEW = 8  # tokens to generate
 GATED = ["gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -781,19 +772,6 @@ def test_children_with_a_forward_of_their_own(sparse: Any, dense: Any) -> None:
 
 # -- families, end to end
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.25,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 16,

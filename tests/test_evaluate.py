@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,6 @@ from catsparse.modules import sparse_modules
 from tiny import build, calibrate, close, llama_config, logits, masked_by_hand, tokens
 
 WINDOWS = tokens(7, 40, seed=11)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +233,7 @@ def test_perplexity_rises_with_sparsity(dense: Any, calibration: catsparse.Calib
 
 
 @pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("method", ["cats", "chess"])
+@pytest.mark.parametrize("method", ["cats", "chess", "energy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparsity_0_is_exactly_dense(
     dense: Any,

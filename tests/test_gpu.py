@@ -34,7 +34,7 @@ def _model(dtype: torch.dtype) -> Any:
 
 def test_calibration_agrees_with_the_cpu(windows: torch.Tensor, calibration: Calibration) -> None:
     on_cpu = calibrate(hub.load_dense_model("default"), windows, progress=False)
-    for method in ("cats", "chess"):
+    for method in ("cats", "chess", "energy"):
         gpu, cpu = calibration.thresholds(0.5, method), on_cpu.thresholds(0.5, method)
         for name in gpu:
             assert gpu[name].sparsity == pytest.approx(cpu[name].sparsity, abs=2e-3)

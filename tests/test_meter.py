@@ -37,7 +37,7 @@ def dropped_by_hand(model: nn.Module, gates: dict[str, list[Tensor]]) -> dict[st
     }
 
 
-@pytest.mark.parametrize("method", ["cats", "chess"])
+@pytest.mark.parametrize("method", ["cats", "chess", "energy"])
 @pytest.mark.parametrize("length", [tiny.SHORT, tiny.LONG])
 def test_against_counting_by_hand(
     llama: Any, calibration: catsparse.Calibration, method: str, length: int

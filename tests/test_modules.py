@@ -607,7 +607,7 @@ def agreement(model: Any, ids: Tensor) -> tuple[float, float, float]:
     return same_op / total, same_exact / total, kept / total
 
 
-@pytest.mark.parametrize("method", ["cats", "chess"])
+@pytest.mark.parametrize("method", ["cats", "chess", "energy"])
 def test_prefill_and_decode_decide_alike(llama: Any, calibration: Any, method: str) -> None:
     model = catsparse.sparsify(llama, calibration, method=method).bfloat16()
     op, exact, kept = agreement(model, tiny.tokens(2, 64, seed=9))

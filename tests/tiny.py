@@ -23,22 +23,24 @@ VOCABULARY = 64
 SHORT, LONG = 5, 24  # tokens: below and above what the op takes in one call
 
 
+# The wide initialisation spreads the gates, so that a threshold has something to cut.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def llama_config(**changes: Any) -> LlamaConfig:
-    # The wide initialisation spreads the gates, so that a threshold has something to cut.
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.25,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return LlamaConfig(**(options | changes))
+    return LlamaConfig(**(SMALL | changes))
 
 
 def build(config: Any, seed: int = 0) -> PreTrainedModel:

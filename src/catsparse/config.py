@@ -194,7 +194,7 @@ def shorten(value: object, limit: int = 80) -> str:
 
 def first_sentence(error: Exception) -> str:
     """What another library says, cut to its first sentence and to one printable line."""
-    sentence = re.split(r"[.!?]\s", f"{error} ".strip() + " ", maxsplit=1)[0]
+    sentence = re.split(r"[.!?]\s", str(error).strip() + " ", maxsplit=1)[0]
     return shorten(sentence, 200) or type(error).__name__
 
 

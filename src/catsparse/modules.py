@@ -92,9 +92,8 @@ class SparseMLP(nn.Module):
             gate, up = gate.chunk(2, dim=-1)
         else:
             up = getattr(self, self.site_up)(x)
-        act: Callable[[Tensor], Tensor]
-        act = getattr(self, self.site_act_child) if self.site_act_child else _act(self.site_act)
-        g = act(gate)
+        child = self.site_act_child
+        g = getattr(self, child)(gate) if child else ACTIVATIONS[self.site_act](gate)
         if self.catsparse_counter is not None:
             self.catsparse_counter(g.float().abs() > self.catsparse_threshold)
         h = masked_hidden(g, up, self.catsparse_threshold, self.catsparse_mean)
@@ -274,10 +273,6 @@ def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
 
 def _version(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def _act(kind: str) -> Callable[[Tensor], Tensor]:
-    return ACTIVATIONS[kind]
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:

@@ -98,10 +98,8 @@ def densify(model: Any) -> Any:
     if owner is not None:
         del owner.catsparse
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and hasattr(
-        quantizer, "forget"
-    ):  # a merged directory: do not save it as sparse any more
-        quantizer.forget(model)
+    if quantizer is not None and hasattr(quantizer, "forget"):
+        quantizer.forget(model)  # it came from a merged directory: save it as dense from now on
     return model
 
 
