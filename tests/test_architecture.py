@@ -42,7 +42,6 @@ LAYERS = {
     "report": 6,
     "demo": 7,
     "cli": 7,
-    "cli_common": 7,
     "__init__": 8,
 }
 STRANGERS = 5  # siblings of this layer never import each other

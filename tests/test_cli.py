@@ -260,3 +260,64 @@ def test_shell_completion() -> None:
     )
     assert done.returncode == 0
     assert "complete" in done.stdout
+
+
+def test_bench_op_prints_rows_and_keeps_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--shape", "512,1024", "--sparsity", "0.5", "--rounds", "1", "-o", tmp_path]
+    code, text, _ = run(capsys, "bench", "op", *options, "--json", "--plot", "--device", "cpu")
+    rows = json.loads(text)["rows"]
+    assert code == 0
+    assert [(row["impl"], row["sparsity"]) for row in rows] == [
+        ("dense", 0.0),
+        ("catsparse", 0.0),
+        ("catsparse", 0.5),
+    ]
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert kept == rows
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "speed.png", "speed.svg"}
+    code, text, _ = run(capsys, "bench", "op", *options, "--tokens", "2", "--backend", "torch")
+    assert code == 0
+    assert "vs dense" in text
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 6
+
+
+def test_bench_decode_of_an_artifact(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rounds", "1", "--new-tokens", "3", "--prompt-tokens", "5", "-o", tmp_path]
+    code, text, _ = run(capsys, "bench", "decode", artifact, *options, "--json")
+    rows = json.loads(text)["rows"]
+    assert code == 0
+    assert [row["sparsity"] for row in rows] == [0.0, 0.0, 0.5, 0.7]
+    assert rows[3]["bytes_skipped"] > rows[2]["bytes_skipped"] > 0.2
+    assert {row["what"] for row in rows} == {"decode"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["op", "--shape", "nothing"], "llama-2-7b"),
+        (["op", "--dtype", "int8"], "bfloat16"),
+        (["op", "--sparsity", "half"], "0.5,0.7"),
+        (["op", "--sparsity", "1.0"], "below 1"),
+        (["op", "--tokens", "17"], "1 to 16"),
+        (["op", "--tokens", "0"], "1 to 16"),
+        (["op", "--device", "nowhere"], "device"),
+        (["op", "--peer", "missing.py"], "--peer takes"),
+        (["op", "--shape", "16,16"], "larger"),
+        (["op", "--shape", "1024,2048", "--backend", "triton"], "auto, torch, c"),
+        (["decode"], "--config"),
+        (["decode", "default", "--config", "llama-3.2-1b"], "either"),
+        (["decode", "--config", "64,96"], "MLP"),
+    ],
+)
+def test_bench_refuses_bad_input(
+    arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, text, problem = run(capsys, "bench", *arguments, "-o", tmp_path)
+    assert (code, text) == (2, "")
+    assert remedy in problem.replace("\n", " ")
+    assert not list(tmp_path.iterdir())

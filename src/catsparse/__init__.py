@@ -12,7 +12,7 @@ from .errors import CatsparseError
 from .hub import load, save
 from .meter import achieved_sparsity
 from .observation import calibrate
-from .surgery import densify, explain, sparsify
+from .surgery import densify, explain, set_backend, sparsify
 
 quantizer.register_with_transformers()
 
@@ -27,5 +27,6 @@ __all__ = [
     "explain",
     "load",
     "save",
+    "set_backend",
     "sparsify",
 ]

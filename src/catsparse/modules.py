@@ -13,12 +13,24 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .kernels import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp, masked_hidden
+from .kernels import (
+    ACTIVATIONS,
+    MAX_OP_TOKENS,
+    Backend,
+    Choice,
+    choose_backend,
+    gated_mlp,
+    gated_mlp_reference,
+    masked_hidden,
+)
 from .sites import Site
 
 # Names that make a sparse class: gate, up, kind of activation, its child, down.
 Parts = tuple[str, str | None, str, str | None, str]
+
+_Key = tuple[StorageWeakRef, int, int]
 
 _BUFFERS = ("catsparse_threshold", "catsparse_mean", "catsparse_bias")
 
@@ -32,10 +44,15 @@ class KeepCounter(Protocol):
 class SparseMLP(nn.Module):
     """Mixin put before the dense class; see :func:`add_sparsity`.
 
-    Few tokens (decode, at most ``MAX_OP_TOKENS``) run ``catsparse::gated_mlp`` on the raw weights.
-    More tokens, training, and children whose weights cannot be read (LoRA, quantized, offloaded,
-    hooked, with a bias) call the children and mask between them: the same maths. With the
-    ``dense`` prefill policy calls above ``MAX_OP_TOKENS`` are not masked at all.
+    Few tokens (decode, at most ``MAX_OP_TOKENS``) run ``catsparse::gated_mlp`` on the raw weights,
+    by the backend's kernel where one serves, else in torch. More tokens, training, and children
+    whose weights cannot be read (LoRA, quantized, offloaded, hooked, with a bias) call the children
+    and mask between them: the same maths. With the ``dense`` prefill policy calls above
+    ``MAX_OP_TOKENS`` are not masked at all.
+
+    The kernel wants the rows of w_down^T contiguous. A copy of them is made at the first decode and
+    costs a third of the layer's memory; without it (``catsparse_down_copy`` False) the kernel reads
+    all of w_down. Torch's own matmuls never see the transposed layout.
     """
 
     # Set by sparse_class: the children's names, constant for torch.compile.
@@ -52,7 +69,12 @@ class SparseMLP(nn.Module):
     catsparse_prefill: str
     catsparse_enabled: bool
     catsparse_counter: KeepCounter | None
-    _catsparse_bias_key: tuple[int, int] | None
+    catsparse_backend: Backend
+    catsparse_down_copy: bool
+    # What follows from the weights and is made anew when they change.
+    _catsparse_key: _Key | None
+    _catsparse_choice: Choice | None
+    _catsparse_down_t: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]``, dropping neurons whose |gate| is at most the threshold."""
@@ -62,19 +84,31 @@ class SparseMLP(nn.Module):
             return super().forward(x)  # type: ignore[no-any-return]
         if few and self._op_applies(x):
             weights = self.raw_weights(x.dtype)
-            if weights is not None and self._bias_is_ready():
-                w_gate, w_up, w_down = weights
-                return gated_mlp(
-                    x,
-                    w_gate,
-                    w_up,
-                    w_down.t(),
-                    self.catsparse_threshold,
-                    self.site_act,
-                    self.catsparse_mean,
-                    self.catsparse_bias,
-                )
+            if weights is not None and self._is_ready():
+                return self._decode(x, *weights)
         return self._masked(x)
+
+    def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        choice, w_down_t = self._catsparse_choice, w_down.t()
+        op = gated_mlp_reference
+        few = 0 if choice is None else choice.kernel_tokens
+        if few and x.numel() <= few * x.shape[-1]:
+            op = gated_mlp
+            if self.catsparse_down_copy:
+                if self._catsparse_down_t is None and not torch.compiler.is_compiling():
+                    self._catsparse_down_t = w_down.detach().t().contiguous()
+                if self._catsparse_down_t is not None:
+                    w_down_t = self._catsparse_down_t
+        return op(
+            x,
+            w_gate,
+            w_up,
+            w_down_t,
+            self.catsparse_threshold,
+            self.site_act,
+            self.catsparse_mean,
+            self.catsparse_bias,
+        )
 
     def _op_applies(self, x: Tensor) -> bool:
         """Inference in one dtype that nobody is watching; a meter needs the mask."""
@@ -86,7 +120,7 @@ class SparseMLP(nn.Module):
 
     def _masked(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._forget_bias()  # fused optimizers step past the version counter
+            self._forget()  # fused optimizers step past the version counter
         gate = getattr(self, self.site_gate)(x)
         if self.site_up is None:
             gate, up = gate.chunk(2, dim=-1)
@@ -134,52 +168,69 @@ class SparseMLP(nn.Module):
                 return f"{name} is {child.weight.dtype}, its input {dtype}"
         return None
 
-    def _bias_is_ready(self) -> bool:
-        """Whether the bias matches the weights; computes it again after a merge or a step."""
-        if self.catsparse_mean is None:
-            return True
+    def _is_ready(self) -> bool:
+        """Whether what follows from the weights is there; makes it again after a merge or a step.
+
+        A compiled forward can only look: it masks between the children if the bias is missing.
+        """
         if not torch.compiler.is_compiling():
             weight: Tensor = getattr(self, self.site_down).weight
-            if self._catsparse_bias_key != _version(weight):
-                self.refresh_bias()
-        return self.catsparse_bias is not None
+            if self._catsparse_key != _version(weight):
+                self.refresh()
+        return self.catsparse_mean is None or self.catsparse_bias is not None
 
     @torch.no_grad()
-    def refresh_bias(self) -> None:
-        """Compute the compensation's bias, w_down @ mean, where the weight can be read."""
-        if self.catsparse_mean is None or self.why_not_raw() is not None:
-            self.catsparse_bias, self._catsparse_bias_key = None, None
+    def refresh(self) -> None:
+        """Choose the backend, and compute the compensation's bias, w_down @ mean."""
+        self._forget()
+        if self.why_not_raw() is not None:
             return
         weight: Tensor = getattr(self, self.site_down).weight
-        mean = self.catsparse_mean.to(weight.device)
-        # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
-        self.catsparse_bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
-        self._catsparse_bias_key = _version(weight)
+        self._catsparse_choice = choose_backend(self.catsparse_backend, weight.device, weight.dtype)
+        if self.catsparse_mean is not None:
+            mean = self.catsparse_mean.to(weight.device)
+            # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
+            self.catsparse_bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+        self._catsparse_key = _version(weight)
+
+    def set_backend(self, backend: Backend, down_copy: bool) -> None:
+        """Choose how few-token calls run; see :func:`catsparse.set_backend`."""
+        self.catsparse_backend, self.catsparse_down_copy = backend, down_copy
+        self.refresh()
+
+    def set_threshold(self, threshold: Tensor, mean: Tensor | None) -> None:
+        """Change the thresholds (fp32, 0-d or ``[I]``) and means (fp32 ``[I]``) in place."""
+        device = self.catsparse_threshold.device
+        self.catsparse_threshold = threshold.to(device)
+        self.catsparse_mean = None if mean is None else mean.to(device)
+        down_t = self._catsparse_down_t
+        self.refresh()
+        self._catsparse_down_t = down_t if self._catsparse_key is not None else None
 
     def train(self, mode: bool = True) -> SparseMLP:
         stepped = self.training and not mode
         super().train(mode)
         if stepped:
-            self.refresh_bias()
-        elif not mode and self.why_not_raw() is None:
-            self._bias_is_ready()  # here, as a compiled forward cannot notice changed weights
+            self._forget()
+        if not mode and self.why_not_raw() is None:
+            self._is_ready()  # here, as a compiled forward cannot notice changed weights
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self.site_down:
             # A LoRA merge writes through .data, unseen by the version counter, but always swaps
             # the child out and in.
-            self._forget_bias()
+            self._forget()
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget_bias()
+        self._forget()
 
-    def _forget_bias(self) -> None:
-        """The weights may change: compute the bias again before it is used. Until then a compiled
-        forward, which cannot, masks between the children."""
-        self._catsparse_bias_key, self.catsparse_bias = None, None
+    def _forget(self) -> None:
+        """The weights may change: make what follows from them again before it is used."""
+        self._catsparse_key, self.catsparse_bias = None, None
+        self._catsparse_choice, self._catsparse_down_t = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
         exact = {name: self._buffers.get(name) for name in _BUFFERS}
@@ -189,12 +240,14 @@ class SparseMLP(nn.Module):
             if value is not None and moved is not None:
                 # Same device as the others, but never rounded to their dtype.
                 self._buffers[name] = value.to(moved.device)
+        self._catsparse_down_t = None
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         parts = (cls.site_gate, cls.site_up, cls.site_act, cls.site_act_child, cls.site_down)
-        return _rebuild, (cls.dense_class, parts), self.__dict__
+        own = {"_catsparse_key": None, "_catsparse_down_t": None}  # of these very weights
+        return _rebuild, (cls.dense_class, parts), self.__dict__ | own
 
 
 def add_sparsity(
@@ -219,9 +272,9 @@ def add_sparsity(
     module.catsparse_prefill = prefill
     module.catsparse_enabled = True
     module.catsparse_counter = None
-    module._catsparse_bias_key = None
+    module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
     _rebind_hooked_forward(module)
-    module.refresh_bias()
+    module.refresh()
     return module
 
 
@@ -229,12 +282,9 @@ def remove_sparsity(module: SparseMLP) -> nn.Module:
     """Undo :func:`add_sparsity`; the parameters are the very same objects."""
     for name in _BUFFERS:
         delattr(module, name)
-    for name in (
-        "catsparse_prefill",
-        "catsparse_enabled",
-        "catsparse_counter",
-        "_catsparse_bias_key",
-    ):
+    for name in [
+        name for name in module.__dict__ if name.startswith(("catsparse_", "_catsparse_"))
+    ]:
         delattr(module, name)
     module.__class__ = module.dense_class  # type: ignore[assignment]
     _rebind_hooked_forward(module)
@@ -271,8 +321,11 @@ def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
     return cls.__new__(cls)
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> _Key:
+    """Changes with the weight. The storage is told by a weak reference, as an address serves again
+    once its memory is freed."""
+    version = 0 if weight.is_inference() else weight._version
+    return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), version
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:

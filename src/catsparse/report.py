@@ -1,6 +1,6 @@
-"""Plots of an artifact directory: activation histograms with thresholds, sparsity by layer.
+"""Plots: an artifact's histograms with thresholds and sparsity by layer; a benchmark's speedups.
 
-Reads the artifact's files with numpy; no model and no torch are loaded.
+Reads files with numpy; no model and no torch are loaded.
 """
 
 from __future__ import annotations
@@ -94,10 +94,53 @@ def plot_directory(
         "histograms": histogram_figure(config, [sites[index] for index in layers]),
         "sparsity": sparsity_figure(config, sites),
     }
+    return _save(figures, Path(output))
+
+
+def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
+    """Draw the rows of one benchmark run as ``speed`` in PNG and SVG into ``output``."""
+    return _save({"speed": speed_figure(rows)}, Path(output))
+
+
+def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Speedup over the best dense against sparsity; dashed, what the bytes skipped allow at most.
+
+    Args:
+        rows: of one run, as ``catsparse bench --json`` prints them.
+    """
+    groups = sorted({(row["dtype"], row["tokens"]) for row in rows})
+    figure = _new_figure(width=3.6 * len(groups) + 0.6, height=3.2)
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axis, group in zip(panels, groups, strict=True):
+        chosen = [row for row in rows if (row["dtype"], row["tokens"]) == group]
+        axis.axhline(1.0, color=_MUTED, linewidth=0.8)
+        own = sorted((r for r in chosen if r["impl"] == "catsparse"), key=lambda r: r["sparsity"])
+        bound = [own[0]["limit"] / row["limit"] for row in own]
+        if rows[0]["what"] == "decode":
+            bound = [1 / value for value in bound]
+        shares = [row["sparsity"] for row in own]
+        axis.plot(shares, bound, "--", color=_MUTED, linewidth=1.2, label="bytes allow")
+        for impl in dict.fromkeys(row["impl"] for row in chosen):
+            line = sorted((r["sparsity"], r["vs_dense"]) for r in chosen if r["impl"] == impl)
+            style = {"catsparse": (_MARK, "o-"), "dense": (_INK, "s")}.get(impl, (None, "^-"))
+            axis.plot(*zip(*line, strict=True), style[1], color=style[0], markersize=4, label=impl)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set_xlabel("neurons dropped")
+        many = "s" if group[1] > 1 else ""
+        axis.set_title(f"{group[0]}, {group[1]} token{many}", loc="left", fontsize=8.5)
+        _plain(axis)
+    panels[0].set_ylabel("speedup over the best dense")
+    panels[0].legend(frameon=False, fontsize=8)
+    title = f"{rows[0]['what']} {rows[0]['name']} on {rows[0]['device']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
+    return figure
+
+
+def _save(figures: dict[str, Any], output: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         for suffix in ("png", "svg"):
-            path = Path(output) / f"{name}.{suffix}"
+            path = output / f"{name}.{suffix}"
             write_atomic(path, lambda p, f=figure, s=suffix: f.savefig(p, format=s, dpi=150))  # type: ignore[misc]
             paths.append(path)
     return paths

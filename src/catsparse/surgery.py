@@ -21,8 +21,9 @@ from .config import (
     check_choice,
 )
 from .errors import CatsparseError
+from .kernels import Backend, choose_backend
 from .methods import SiteThreshold
-from .modules import add_sparsity, remove_sparsity, sparse_modules
+from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from .observation import require_sites
 from .sites import Site, describe, find_sites
 
@@ -116,6 +117,40 @@ def run_dense(model: nn.Module) -> Iterator[None]:
             module.catsparse_enabled = enabled
 
 
+def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True) -> None:
+    """Choose how the sparse layers of ``model`` decode (calls of at most 16 tokens).
+
+    ``auto``, which every sparse model starts with, runs the kernel for calls in which it is faster
+    than torch by a measured rule; :func:`explain` says what each layer runs and why.
+
+    Args:
+        model: a sparse model.
+        backend: ``auto``, ``torch`` (dense matmuls, results bit-equal to dense at sparsity 0) or
+            ``c`` (the CPU kernel for every decode call).
+        down_copy: let the kernel keep a transposed copy of each down projection (a third of the
+            MLPs' memory, made at the first decode). Without it only rows of the up projection are
+            skipped, half of what could be.
+
+    Raises:
+        CatsparseError: the model is dense, the backend is unknown, or it cannot run here.
+    """
+    check_choice("backend", backend, tuple(b.value for b in Backend))
+    modules = sparse_modules(model)
+    if not modules:
+        raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
+    asked = Backend(backend)
+    if asked is not Backend.AUTO:
+        for name, module in modules.items():
+            weight = next(module.parameters())
+            choice = choose_backend(asked, weight.device, weight.dtype)
+            if choice.backend is not asked:
+                raise CatsparseError(
+                    f"{name} cannot run the backend {backend}: {choice.reason}; use auto"
+                )
+    for module in modules.values():
+        module.set_backend(asked, down_copy)
+
+
 @dataclass(frozen=True)
 class SparseState:
     """What a sparse model remembers in ``model.catsparse``, so that it can be saved."""
@@ -164,9 +199,7 @@ def explain(model: nn.Module) -> str:
         kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
         if module.catsparse_mean is not None:
             kind += ", compensated"
-        reason = module.why_not_raw()
-        path = "catsparse::gated_mlp (torch)" if reason is None else f"masked children ({reason})"
-        lines.append(f"{name}: sparse, {kind}; decode by {path}")
+        lines.append(f"{name}: sparse, {kind}; decode by {_path(module)}")
     sites, misses = find_sites(model)
     sites = [site for site in sites if site.name not in sparse]
     lines += [f"{site.name}: dense gated MLP ({site.act})" for site in sites]
@@ -174,6 +207,22 @@ def explain(model: nn.Module) -> str:
     if misses:
         lines.append(f"refused: {describe(misses, limit=20)}")
     return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
+
+
+def _path(module: SparseMLP) -> str:
+    reason = module.why_not_raw()
+    if reason is not None:
+        return f"masked children ({reason})"
+    weight = next(module.parameters())
+    choice = choose_backend(module.catsparse_backend, weight.device, weight.dtype)
+    if not choice.kernel_tokens:
+        return f"torch, dense matmuls ({choice.reason})"
+    skipped = (
+        "kept rows of up and down"
+        if module.catsparse_down_copy
+        else "kept rows of up, all of down (no copy)"
+    )
+    return f"the {choice.backend.value} kernel ({choice.reason}), reading {skipped}"
 
 
 def base_model_of(model: Any) -> BaseModel | None:

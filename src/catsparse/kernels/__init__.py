@@ -10,13 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, gated_mlp_reference, masked_hidden
+from .backend import Backend, Choice, choose_backend
+from .cpu import gated_mlp_cpu
+from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, masked_hidden
 
-__all__ = ["ACTIVATIONS", "MAX_OP_TOKENS", "gated_mlp", "gated_mlp_reference", "masked_hidden"]
-
-# Calls of up to this many tokens are decode; above it, masked dense matmuls win, because the
-# union of the tokens' masks keeps nearly every row.
-MAX_OP_TOKENS = 16
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_OP_TOKENS",
+    "Backend",
+    "Choice",
+    "choose_backend",
+    "gated_mlp",
+    "gated_mlp_reference",
+    "masked_hidden",
+]
 
 torch.library.define(
     "catsparse::gated_mlp",
@@ -25,6 +32,7 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("catsparse::gated_mlp", "default", gated_mlp_reference)
+torch.library.impl("catsparse::gated_mlp", "cpu", gated_mlp_cpu)
 
 
 @torch.library.register_fake("catsparse::gated_mlp")  # type: ignore[untyped-decorator]
@@ -60,7 +68,8 @@ def gated_mlp(
         x: ``[..., H]`` activations, fp32, bf16 or fp16.
         w_gate: ``[I, H]``, x's dtype.
         w_up: ``[I, H]``, x's dtype.
-        w_down_t: ``[I, H_out]``, x's dtype; any strides, so ``down.weight.t()`` will do.
+        w_down_t: ``[I, H_out]``, x's dtype; any strides, so ``down.weight.t()`` will do, but only
+            contiguous rows can be skipped.
         threshold: fp32, 0-d (one for the layer) or ``[I]`` (one a neuron).
         act: ``silu``, ``gelu_tanh``, ``gelu`` or ``relu``.
         mean: ``[I]`` fp32, stands in for a dropped neuron's g_i u_i; give ``bias`` with it.

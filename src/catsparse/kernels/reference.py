@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Calls of up to this many tokens are decode; above it, masked dense matmuls win, because the
+# union of the tokens' masks keeps nearly every row.
+MAX_OP_TOKENS = 16
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),

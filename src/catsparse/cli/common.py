@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .config import CONFIG_NAME, check_choice
-from .errors import CatsparseError
+from ..config import CONFIG_NAME, check_choice
+from ..errors import CatsparseError
 
 err = Console(stderr=True)
 out = Console()
@@ -38,7 +38,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
 def load_dense(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    from . import hub
+    from .. import hub
 
     return _placed(hub.load_dense_model(name, **_dtype_option(dtype)), device), hub.load_tokenizer(
         name
@@ -47,7 +47,7 @@ def load_dense(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
 
 def load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
     """A sparse folder or a dense model, with its tokenizer."""
-    from . import hub
+    from .. import hub
 
     if not hub.is_artifact(name):
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
@@ -90,8 +90,8 @@ def token_windows(
     seed: int | None,
     column: str,
 ) -> tuple[Any, str]:
-    from . import hub
-    from .data import load_windows
+    from .. import hub
+    from ..data import load_windows
 
     source = data or str(hub.bundled_text(bundled))
     windows = load_windows(

@@ -1,0 +1,245 @@
+"""``bench decode``: tokens/s of ``generate`` on one model, dense and sparse interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..calibration import Calibration
+from ..errors import CatsparseError
+from ..kernels import gated_mlp_reference
+from ..meter import achieved_sparsity
+from ..methods import SiteThreshold
+from ..modules import SparseMLP, sparse_modules
+from ..surgery import run_dense, set_backend, state_of
+from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, versions
+
+
+@dataclass
+class Variant:
+    """Dense, or one sparsity with its thresholds; ``intervals`` are seconds between tokens."""
+
+    impl: str
+    sparsity: float
+    thresholds: dict[str, SiteThreshold] | None = None
+    bytes_skipped: float = 0.0
+    max_err: float = 0.0
+    intervals: list[float] = field(default_factory=list)
+
+
+def bench_decode(
+    model: Any,
+    name: str,
+    sparsities: Sequence[float],
+    prompt: Tensor,
+    new_tokens: int,
+    rounds: int,
+    backend: str = "auto",
+    down_copy: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Greedy decode after ``prompt``; the prompt's own time is left out.
+
+    The rows' order is dense, our kernel at sparsity 0, then each sparsity. Each round generates
+    with every variant in turn. The kernel is checked on the model's own activations first.
+
+    Args:
+        model: a sparse model that holds its calibration.
+        name: what the rows call it.
+        prompt: ``[1, T]`` token ids.
+        advance: called after every generation.
+
+    Raises:
+        CatsparseError: the model cannot take another sparsity, or the kernel disagrees with the
+            reference.
+    """
+    calibration = state_of(model).calibration
+    if calibration is None:
+        raise CatsparseError("the model was saved without its calibration; calibrate it again")
+    set_backend(model, backend, down_copy)
+    prompt = prompt.to(model.device)
+    variants = [Variant("dense", 0.0)]
+    for s in sorted({0.0, *sparsities}):
+        variants.append(_variant(model, calibration, s, prompt, new_tokens, down_copy))
+    probe = Probe(model.device)
+    for round_number in range(rounds + 1):
+        for variant in variants:
+            intervals = _generate(model, variant, prompt, new_tokens)
+            if round_number:  # the first round warms up
+                variant.intervals += intervals
+            advance()
+        probe.measure()
+    return _rows(model, name, variants, probe)
+
+
+def _variant(
+    model: Any,
+    calibration: Calibration,
+    sparsity: float,
+    prompt: Tensor,
+    new_tokens: int,
+    down_copy: bool,
+) -> Variant:
+    """Thresholds, the bytes they skip on this very text, and the check."""
+    config = state_of(model).config
+    thresholds = calibration.thresholds(sparsity, config.method, config.compensate)
+    variant = Variant("catsparse", sparsity, thresholds)
+    _apply(model, variant)
+    with achieved_sparsity(model) as meter:
+        _generate(model, variant, prompt, new_tokens)
+    variant.bytes_skipped = meter.bytes_skipped * (1 if down_copy else 0.5)
+    variant.max_err = _check(model, prompt)
+    return variant
+
+
+def _apply(model: Any, variant: Variant) -> None:
+    if variant.thresholds is not None:
+        for name, module in sparse_modules(model).items():
+            t = variant.thresholds[name]
+            module.set_threshold(t.threshold, t.mean)
+
+
+def _generate(model: Any, variant: Variant, prompt: Tensor, new_tokens: int) -> list[float]:
+    """Seconds between the new tokens of one run."""
+    _apply(model, variant)
+    clock = _Clock(model.device)
+    with run_dense(model) if variant.thresholds is None else nullcontext():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            streamer=clock,
+        )
+    # The first time is the prompt's arrival, the second the token that its forward pass gave.
+    return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each token comes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _check(model: Any, prompt: Tensor) -> float:
+    """Largest error of first, middle and last MLP on their real inputs for the last prompt token.
+
+    Raises:
+        CatsparseError: it is above the dtype's tolerance.
+    """
+    modules = list(sparse_modules(model).items())
+    chosen = dict(modules[i] for i in sorted({0, len(modules) // 2, len(modules) - 1}))
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor]], None]:
+        def hook(module: Any, args: tuple[Tensor]) -> None:
+            inputs[name] = args[0][:, -1].detach()
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(keep(name)) for name, m in chosen.items()]
+    try:
+        with torch.no_grad():
+            model(prompt, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max([_error(name, module, inputs[name]) for name, module in chosen.items()])
+
+
+@torch.no_grad()
+def _error(name: str, module: SparseMLP, x: Tensor) -> float:
+    weights = module.raw_weights(x.dtype)
+    if weights is None:
+        raise CatsparseError(
+            f"{name} cannot run the kernel ({module.why_not_raw(x.dtype)}); merge or convert first"
+        )
+    gate, up, down = (w.detach().float() for w in weights)
+    bias = None if module.catsparse_mean is None else down @ module.catsparse_mean
+    y = gated_mlp_reference(
+        x.float(),
+        gate,
+        up,
+        down.t(),
+        module.catsparse_threshold,
+        module.site_act,
+        module.catsparse_mean,
+        bias,
+    )
+    error = float((module(x).float() - y).abs().max() / y.abs().max())
+    if not error <= TOLERANCE[x.dtype]:
+        raise CatsparseError(
+            f"{name} differs from the reference by {error:.2g} of its largest value; "
+            "a wrong result is not timed"
+        )
+    return error
+
+
+def bytes_per_token(model: Any) -> tuple[int, int]:
+    """(weight bytes that a dense decode step reads, those of the sparse MLPs among them).
+
+    An input embedding is one row, unless it is the output layer as well. The KV cache is left out.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    if embedding is not head:
+        total -= embedding.numel() * embedding.element_size()
+    mlp = sum(
+        p.numel() * p.element_size()
+        for module in sparse_modules(model).values()
+        for p in module.parameters()
+    )
+    return total, mlp
+
+
+def _rows(model: Any, name: str, variants: list[Variant], probe: Probe) -> list[Row]:
+    total, mlp = bytes_per_token(model)
+    rates = [(v, quantiles([1 / s for s in v.intervals])) for v in variants]
+    best = max(q[1] for v, q in rates if v.sparsity == 0)
+    rows = []
+    for v, (p20, p50, p80) in rates:
+        limit = probe.bandwidth / (total - mlp * v.bytes_skipped)
+        rows.append(
+            Row(
+                what="decode",
+                name=name,
+                impl=v.impl,
+                device=device_name(model.device),
+                threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
+                dtype=str(model.dtype).removeprefix("torch."),
+                tokens=1,
+                sparsity=v.sparsity,
+                bytes_skipped=v.bytes_skipped,
+                p20=p20,
+                p50=p50,
+                p80=p80,
+                limit=limit,
+                of_limit=p50 / limit,
+                vs_dense=p50 / best,
+                max_err=v.max_err,
+                versions=versions(),
+                commit=commit(),
+            )
+        )
+    return rows

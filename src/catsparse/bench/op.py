@@ -1,0 +1,312 @@
+"""``bench op``: one gated MLP with cold caches, dense and sparse interleaved in one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CatsparseError
+from ..kernels import ACTIVATIONS, gated_mlp_reference
+from ..modules import SparseMLP, add_sparsity
+from ..sites import find_sites
+from ..surgery import set_backend
+from .rows import (
+    TOLERANCE,
+    Probe,
+    Row,
+    commit,
+    device_name,
+    last_level_cache,
+    quantiles,
+    seconds,
+    versions,
+)
+from .shapes import Shape
+
+INPUTS = 8  # different inputs, each with every layer in turn
+MAX_LAYERS = 256
+
+# A peer: (w_gate [I, H], w_up [I, H], w_down [H, I]) -> call(x [T, H], threshold, act) -> y.
+Peer = Callable[[Tensor, Tensor, Tensor], Callable[[Tensor, Tensor, str], Tensor]]
+
+
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``, as Llama's."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        h, i = shape.hidden, shape.intermediate
+        self.gate_proj = nn.Linear(h, i, bias=False, dtype=dtype, device=device)
+        self.up_proj = nn.Linear(h, i, bias=False, dtype=dtype, device=device)
+        self.down_proj = nn.Linear(i, h, bias=False, dtype=dtype, device=device)
+        self.act_fn = _ACTIVATION_MODULES[shape.act]()
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+@dataclass
+class Variant:
+    """One thing to time: ``call(layer, input)``."""
+
+    impl: str
+    sparsity: float
+    call: Callable[[int, Tensor], Tensor]
+    bytes_skipped: float = 0.0
+    max_err: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+
+def bench_op(
+    shape: Shape,
+    dtype: torch.dtype,
+    sparsities: Sequence[float],
+    tokens: int,
+    device: torch.device,
+    rounds: int,
+    backend: str = "auto",
+    down_copy: bool = True,
+    peers: dict[str, Peer] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Time one MLP shape; the rows' order is dense, own kernel at sparsity 0, then each sparsity.
+
+    Calls go round enough layers that each finds its weights outside the caches, and take the
+    variants in turn. Every variant is checked against the fp32 reference before it is timed.
+
+    Args:
+        peers: other implementations to run beside, by name.
+        advance: called after every round.
+
+    Raises:
+        CatsparseError: a variant disagrees with the reference, the shape is too small to be kept
+            out of the caches, or the backend cannot run.
+    """
+    setup = _Setup(shape, dtype, tokens, device, backend, down_copy)
+    variants = [Variant("dense", 0.0, setup.dense)]
+    variants += [
+        Variant("catsparse", s, setup.sparse(s), setup.bytes_skipped(s))
+        for s in sorted({0.0, *sparsities})
+    ]
+    for (name, peer), s in itertools.product((peers or {}).items(), sorted(set(sparsities))):
+        # What a peer reads is its own affair; it is held against what it might have skipped.
+        variants.append(Variant(name, s, setup.peer(peer, s), setup.bytes_skipped(s)))
+    with torch.no_grad():
+        for variant in variants:
+            variant.max_err = setup.error(variant)
+        probe = Probe(device)
+        turn = 0
+        for round_number in range(rounds + 1):
+            for variant in variants:
+                layer, x = turn % len(setup.layers), setup.inputs[turn % INPUTS]
+                took = seconds(lambda v=variant, i=layer, x=x: v.call(i, x), device)  # type: ignore[misc]
+                turn += 1
+                if round_number:  # the first round warms up
+                    variant.seconds.append(took)
+            probe.measure()
+            advance()
+    return _rows(setup, variants, probe)
+
+
+class _Setup:
+    """Layers that exceed the caches, inputs, thresholds and the calls on them."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        tokens: int,
+        device: torch.device,
+        backend: str,
+        down_copy: bool,
+    ) -> None:
+        self.shape, self.dtype, self.tokens, self.device = shape, dtype, tokens, device
+        self.down_copy = down_copy
+        self.weight_bytes = 3 * shape.hidden * shape.intermediate * dtype.itemsize
+        torch.manual_seed(0)
+        # Even a call that drops everything reads the gate, a third of the bytes.
+        count = 1 + -(-6 * last_level_cache(device) // self.weight_bytes)
+        if count > MAX_LAYERS:
+            raise CatsparseError(
+                f"{shape.name} is too small: {MAX_LAYERS} layers of it stay in the cache; take a "
+                "larger shape"
+            )
+        self.layers = nn.ModuleList(GatedMLP(shape, dtype, device) for _ in range(max(2, count)))
+        self.inputs = [
+            torch.randn(tokens, shape.hidden, device=device).to(dtype) for _ in range(INPUTS)
+        ]
+        self.gates = [self._gate(layer) for layer in self.layers]
+        sites = find_sites(self.layers)[0]
+        self.modules: list[SparseMLP] = []
+        for site in sites:
+            layer = self.layers.get_submodule(site.name)
+            self.modules.append(add_sparsity(layer, site, torch.tensor(-1.0), None, "masked"))
+        set_backend(self.layers, backend, down_copy)
+
+    def _gate(self, layer: Any) -> Tensor:
+        """|g| of all inputs in fp32, ``[INPUTS, T, I]``."""
+        x = torch.stack(self.inputs).float()
+        with torch.no_grad():
+            return ACTIVATIONS[self.shape.act](F.linear(x, layer.gate_proj.weight.float())).abs()
+
+    def thresholds(self, sparsity: float) -> list[Tensor]:
+        """One a layer, in the widest gap near the quantile: no rounding flips a decision there."""
+        if sparsity == 0:
+            return [torch.tensor(-1.0, device=self.device)] * len(self.layers)
+        return [_gap(gate.flatten(), sparsity) for gate in self.gates]
+
+    def bytes_skipped(self, sparsity: float) -> float:
+        """A call reads a row if any of its tokens keeps the neuron."""
+        pairs = zip(self.gates, self.thresholds(sparsity), strict=True)
+        kept = [(gate > t).any(dim=1).float().mean() for gate, t in pairs]
+        share = 2 / 3 if self.down_copy else 1 / 3
+        return share * (1 - float(torch.stack(kept).mean()))
+
+    def dense(self, layer: int, x: Tensor) -> Tensor:
+        module = self.modules[layer]
+        module.catsparse_enabled = False
+        return module(x)  # type: ignore[no-any-return]
+
+    def sparse(self, sparsity: float) -> Callable[[int, Tensor], Tensor]:
+        thresholds = self.thresholds(sparsity)
+
+        def call(layer: int, x: Tensor) -> Tensor:
+            module = self.modules[layer]
+            module.catsparse_enabled = True
+            module.catsparse_threshold = thresholds[layer]
+            return module(x)  # type: ignore[no-any-return]
+
+        return call
+
+    def peer(self, peer: Peer, sparsity: float) -> Callable[[int, Tensor], Tensor]:
+        thresholds = self.thresholds(sparsity)
+        calls = [peer(*self._weights(layer)) for layer in range(len(self.layers))]
+        return lambda layer, x: calls[layer](x, thresholds[layer], self.shape.act)
+
+    def _weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self.modules[layer].raw_weights(self.dtype)
+        assert weights is not None
+        gate, up, down = weights
+        return gate.detach(), up.detach(), down.detach()
+
+    def error(self, variant: Variant) -> float:
+        """Largest error over the reference's largest value, on the first layer.
+
+        A gate rounded to bf16 decides differently next to the threshold, so the nearer of two
+        references counts: all in fp32, and all in the weights' dtype.
+
+        Raises:
+            CatsparseError: it is above the dtype's tolerance.
+        """
+        threshold, worst = self.thresholds(variant.sparsity)[0], 0.0
+        for x in self.inputs[:2]:
+            y = variant.call(0, x).float()
+            errors = []
+            for dtype in {torch.float32, self.dtype}:
+                gate, up, down = (w.to(dtype) for w in self._weights(0))
+                arguments = (x.to(dtype), gate, up, down.t(), threshold, self.shape.act)
+                truth = gated_mlp_reference(*arguments).float()
+                errors.append(float((y - truth).abs().max() / truth.abs().max()))
+            if not min(errors) <= TOLERANCE[self.dtype]:  # NaN too
+                raise CatsparseError(
+                    f"{variant.impl} at sparsity {variant.sparsity} differs from the reference by "
+                    f"{min(errors):.2g} of its largest value; a wrong result is not timed"
+                )
+            worst = max(worst, min(errors))
+        return worst
+
+
+def _gap(values: Tensor, sparsity: float) -> Tensor:
+    """The middle of the widest gap, in ratio, within a thousandth of the quantile."""
+    ordered = values.sort().values
+    n = len(ordered)
+    low = max(0, min(n - 2, int((sparsity - 0.001) * n)))
+    near = ordered[low : max(low + 2, int((sparsity + 0.001) * n))]
+    at = int((near[1:] / near[:-1].clamp(min=1e-30)).argmax())
+    return (near[at] + near[at + 1]) / 2
+
+
+def _rows(setup: _Setup, variants: list[Variant], probe: Probe) -> list[Row]:
+    device, own = setup.device, {"dense": 0.0, "catsparse": 0.0}
+    medians = [(v, quantiles([1e6 * s for s in v.seconds])) for v in variants]
+    best = min(q[1] for v, q in medians if own.get(v.impl) == v.sparsity)
+    rows = []
+    for v, (p20, p50, p80) in medians:
+        limit = 1e6 * setup.weight_bytes * (1 - v.bytes_skipped) / probe.bandwidth
+        rows.append(
+            Row(
+                what="op",
+                name=setup.shape.name,
+                impl=v.impl,
+                device=device_name(device),
+                threads=torch.get_num_threads() if device.type == "cpu" else 0,
+                dtype=str(setup.dtype).removeprefix("torch."),
+                tokens=setup.tokens,
+                sparsity=v.sparsity,
+                bytes_skipped=v.bytes_skipped,
+                p20=p20,
+                p50=p50,
+                p80=p80,
+                limit=limit,
+                of_limit=p50 / limit,
+                vs_dense=best / p50,
+                max_err=v.max_err,
+                versions=versions(),
+                commit=commit(),
+            )
+        )
+    return rows
+
+
+def index_select(
+    w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Callable[[Tensor, Tensor, str], Tensor]:
+    """What torch alone can do: gather the kept rows, then multiply."""
+    w_down_t = w_down.t().contiguous()
+
+    def call(x: Tensor, threshold: Tensor, act: str) -> Tensor:
+        g = ACTIVATIONS[act](F.linear(x, w_gate))
+        keep = g.float().abs() > threshold
+        rows = keep.any(dim=0).nonzero().squeeze(1)
+        u = F.linear(x, w_up.index_select(0, rows))
+        h = torch.where(keep.index_select(1, rows), g.index_select(1, rows) * u, 0.0)
+        return h @ w_down_t.index_select(0, rows)
+
+    return call
+
+
+def load_peer(path: Path) -> tuple[str, Peer]:
+    """A peer from a Python file of the user's that defines ``prepare`` (see :data:`Peer`).
+
+    Raises:
+        CatsparseError: there is no such file or function.
+    """
+    if not path.is_file():
+        raise CatsparseError(f"there is no file {path}; --peer takes a Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise CatsparseError(f"{path} is no Python file; --peer takes one that defines prepare")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    prepare = getattr(module, "prepare", None)
+    if prepare is None:
+        raise CatsparseError(f"{path} defines no prepare(w_gate, w_up, w_down)")
+    return path.stem, prepare

@@ -1,0 +1,246 @@
+"""``catsparse bench``: op and decode speed, dense beside sparse in one run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..config import check_sparsity
+from ..errors import CatsparseError
+from .common import Device, Json, err, load, out, print_json
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed: ratios from one interleaved run.")
+
+Sparsities = Annotated[str, typer.Option("--sparsity", help="Fractions to drop, as 0.5,0.7.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder; rows are added to its rows.jsonl.")
+]
+Rounds = Annotated[int, typer.Option(help="Rounds, each with every variant.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)]
+Backend = Annotated[str, typer.Option(help="auto, torch or c: see catsparse.set_backend.")]
+DownCopy = Annotated[
+    bool, typer.Option(help="Let the kernel keep a transposed copy of the down projection.")
+]
+Plot = Annotated[bool, typer.Option("--plot", help="Also draw speed.png and speed.svg there.")]
+
+
+@bench.command()
+def op(
+    shape: Annotated[
+        str, typer.Option(help="A model's name (llama-2-7b ...) or H,I or H,I,ACT.")
+    ] = "llama-2-7b",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; several by commas.")] = (
+        "float32"
+    ),
+    sparsity: Sparsities = "0.5,0.7,0.9",
+    tokens: Annotated[str, typer.Option(help="Tokens a call, as 1,4.")] = "1",
+    device: Device = None,
+    rounds: Rounds = 31,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    down_copy: DownCopy = True,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="index_select, or a Python file that defines prepare; may be repeated."),
+    ] = None,
+    output: Output = Path("out/bench"),
+    plot: Plot = False,
+    json: Json = False,
+) -> None:
+    """One gated MLP, its weights outside the caches at every call."""
+    from ..bench import append_rows, bench_op, find_shape
+    from ..bench.op import index_select, load_peer
+    from ..bench.rows import parse_dtype
+
+    sizes = find_shape(shape)
+    dtypes = [parse_dtype(name) for name in dtype.split(",")]
+    wanted, counts = _sparsities(sparsity), _counts(tokens)
+    where = _device(device, threads)
+    peers = dict(
+        ("index_select", index_select) if name == "index_select" else load_peer(Path(name))
+        for name in peer or []
+    )
+    rows = []
+    with _progress(len(dtypes) * len(counts) * (rounds + 1), "timing") as advance:
+        for kind, count in itertools.product(dtypes, counts):
+            part = bench_op(
+                sizes, kind, wanted, count, where, rounds, backend, down_copy, peers, advance
+            )
+            append_rows(output / "rows.jsonl", part)
+            rows += part
+    _show(rows, output, plot, json)
+
+
+@bench.command()
+def decode(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder written by sparsify, or a dense model.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Instead of a model: random weights of this shape.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint says.")
+    ] = "auto",
+    sparsity: Sparsities = "0.5,0.7",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
+    device: Device = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    down_copy: DownCopy = True,
+    output: Output = Path("out/bench"),
+    plot: Plot = False,
+    json: Json = False,
+) -> None:
+    """Tokens/s of generate, dense and sparse; the prompt's own time is left out."""
+    from ..bench import append_rows, bench_decode
+
+    if (model is None) == (config is None):
+        raise CatsparseError("name either a MODEL or a shape with --config")
+    wanted = _sparsities(sparsity)
+    where = _device(device, threads)
+    if config is not None:
+        sparse, prompt = _random(config, dtype, str(where), prompt_tokens)
+    else:
+        assert model is not None
+        sparse, prompt = _real(model, dtype, str(where), prompt_tokens)
+    with _progress((len({0.0, *wanted}) + 1) * (rounds + 1), "generating") as advance:
+        rows = bench_decode(
+            sparse,
+            config or model or "",
+            wanted,
+            prompt,
+            new_tokens,
+            rounds,
+            backend,
+            down_copy,
+            advance,
+        )
+    append_rows(output / "rows.jsonl", rows)
+    _show(rows, output, plot, json)
+
+
+def _random(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
+    import torch
+
+    from ..bench import find_shape
+    from ..bench.rows import parse_dtype
+    from ..bench.shapes import random_model
+    from ..observation import calibrate
+    from ..surgery import sparsify
+
+    shape = find_shape(name)
+    err.print(f"making random weights of the shape {name} and calibrating them", style="dim")
+    model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
+    ids = torch.randint(shape.vocab, (5, 128), generator=torch.Generator().manual_seed(0))
+    calibration = calibrate(model, ids[:4], data_name="random tokens", progress=False)
+    return sparsify(model, calibration), ids[4:, :prompt_tokens]
+
+
+def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
+    from .. import hub
+    from ..observation import calibrate
+    from ..surgery import sparsify
+    from .common import token_windows
+
+    model, tokenizer = load(name, device, dtype)
+    if not hub.is_artifact(name):
+        windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
+        model = sparsify(model, calibrate(model, windows, data_name=source))
+    prompt, _ = token_windows(
+        None, "heldout", tokenizer, prompt_tokens, prompt_tokens, None, "text"
+    )
+    return model, prompt[:1]
+
+
+def _sparsities(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CatsparseError(f"--sparsity takes fractions as 0.5,0.7, not {text!r}") from None
+    for value in values:
+        check_sparsity(value)
+    return values
+
+
+def _counts(text: str) -> list[int]:
+    from ..kernels import MAX_OP_TOKENS
+
+    parts = text.split(",")
+    if not all(part.isdigit() and 0 < int(part) <= MAX_OP_TOKENS for part in parts):
+        raise CatsparseError(f"--tokens takes numbers from 1 to {MAX_OP_TOKENS}, not {text!r}")
+    return [int(part) for part in parts]
+
+
+def _device(name: str | None, threads: int | None) -> Any:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CatsparseError(f"cannot use the device {name}: {reason}") from error
+    return device
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Any]:
+    """A bar with an estimate on stderr; gives the function that advances it."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _show(rows: list[Any], output: Path, plot: bool, json: bool) -> None:
+    plots = []
+    if plot:
+        from ..report import plot_speed
+
+        plots = plot_speed([asdict(row) for row in rows], output)
+    if json:
+        print_json({"rows": [asdict(row) for row in rows]})
+        return
+    for _, group in itertools.groupby(rows, lambda row: (row.dtype, row.tokens)):
+        _print_table(list(group))
+    for path in [output / "rows.jsonl", *plots]:
+        print(path)
+
+
+def _print_table(rows: list[Any]) -> None:
+    first = rows[0]
+    unit = "µs" if first.what == "op" else "tokens/s"
+    many = f", {first.tokens} tokens" if first.tokens > 1 else ""
+    threads = f", {first.threads} threads" if first.threads else ""
+    table = Table(
+        *("", "dropped", "skipped", f"{unit} (p20-p80)", "limit", "of limit", "vs dense"),
+        title=f"{first.what} {first.name}, {first.dtype}{many}, on {first.device}{threads}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for row in rows:
+        table.add_row(
+            *(row.impl, f"{row.sparsity:.0%}", f"{row.bytes_skipped:.1%}"),
+            f"{_short(row.p50)} ({_short(row.p20)}-{_short(row.p80)})",
+            *(_short(row.limit), f"{row.of_limit:.2f}", f"{row.vs_dense:.2f}x"),
+        )
+    out.print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

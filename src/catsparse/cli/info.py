@@ -1,0 +1,57 @@
+"""``catsparse info``: what is in a folder or a model."""
+
+from __future__ import annotations
+
+import json as json_module
+
+from rich.table import Table
+
+from .common import Json, Model, out, print_json
+
+
+def info(model: Model = "default", json: Json = False) -> None:
+    """What is in a sparse folder, or which gated MLPs a dense model has (no weights are read)."""
+    from .. import hub
+    from ..surgery import explain
+
+    if not hub.is_artifact(model):
+        skeleton = hub.load_skeleton(model)
+        lines = explain(skeleton).split("\n")
+        if json:
+            print_json({"model": model, "modules": lines})
+        else:
+            out.print(f"{model} ({type(skeleton).__name__})")
+            out.print("\n".join(lines), highlight=False)
+        return
+    config, _, calibration = hub.read_artifact(model)
+    if json:
+        described = json_module.loads(config.to_json())
+        print_json(described | {"bytes_skipped": config.bytes_skipped})
+        return
+    base, origin = config.base_model, config.calibration
+    out.print(
+        f"{model}: {base.name_or_path if base else 'unnamed'} "
+        f"({base.model_type if base else '?'}), method {config.method}"
+        f"{', compensated' if config.compensate else ''}, prefill {config.prefill}"
+    )
+    out.print(
+        f"asked {config.sparsity:.1%}, {config.measured_sparsity or 0:.1%} of neurons dropped on "
+        f"the calibration tokens, {config.bytes_skipped:.1%} of the MLPs' weight bytes skipped"
+    )
+    if origin:
+        out.print(
+            f"calibrated on {origin.tokens:,} tokens of {origin.data} in windows of "
+            f"{origin.seq_len}, {origin.dtype}, seed {origin.seed}"
+            + ("" if calibration else " (statistics not kept)")
+        )
+    table = Table("gated MLP", "act", "H", "I", "threshold", "dropped")
+    for name, site in config.sites.items():
+        table.add_row(
+            name,
+            site.act,
+            str(site.hidden_size),
+            str(site.intermediate_size),
+            f"{site.threshold:.4g}",
+            f"{site.sparsity:.1%}",
+        )
+    out.print(table)

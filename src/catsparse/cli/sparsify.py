@@ -1,0 +1,127 @@
+"""``catsparse sparsify``: calibrate a model and write a sparse one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import DEFAULT_METHOD, METHODS, PREFILL_POLICIES, check_choice, check_sparsity
+from ..errors import CatsparseError
+from .common import (
+    BatchSize,
+    Column,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    SeqLen,
+    Tokens,
+    err,
+    load,
+    load_dense,
+    out,
+    print_json,
+    refuse_options,
+    token_windows,
+)
+
+
+def sparsify(
+    context: typer.Context,
+    model: Model = "default",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
+    sparsity: Annotated[float, typer.Option(help="Fraction of neurons to drop, 0 to 1.")] = 0.5,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    compensate: Annotated[
+        bool, typer.Option(help="Replace dropped neurons by their means (free at run time).")
+    ] = True,
+    prefill: Annotated[
+        str, typer.Option(help=f"{' or '.join(PREFILL_POLICIES)} treatment of the prompt.")
+    ] = "masked",
+    data: Data = None,
+    column: Column = "text",
+    tokens: Tokens = 100_000,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    merge: Annotated[bool, typer.Option("--merge", help="Write the weights as well.")] = False,
+    json: Json = False,
+) -> None:
+    """Calibrate MODEL and write a sparse one to the output folder.
+
+    Given a folder that was written before, take its calibration and only choose new thresholds.
+    """
+    check_sparsity(sparsity)
+    check_choice("method", method, METHODS)
+    check_choice("prefill", prefill, PREFILL_POLICIES)
+    from .. import hub
+    from ..calibration import Calibration
+    from ..observation import calibrate
+    from ..sites import describe, find_sites
+    from ..surgery import densify, state_of
+    from ..surgery import sparsify as sparsify_model
+
+    calibration: Calibration | None = None
+    if hub.is_artifact(model):
+        refuse_options(
+            context,
+            ("data", "column", "tokens", "seq_len", "batch_size", "seed"),
+            f"{model} brings its own calibration; name the dense model to calibrate again",
+        )
+        sparse, tokenizer = load(model, device, dtype)
+        calibration = state_of(sparse).calibration
+        if calibration is None:
+            raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
+        dense = densify(sparse)
+    else:
+        dense, tokenizer = load_dense(model, device, dtype)
+    if calibration is None:
+        windows, data_name = token_windows(
+            data, "calibration", tokenizer, tokens, seq_len, seed, column
+        )
+        try:
+            calibration = calibrate(
+                dense,
+                windows,
+                batch_size=batch_size,
+                seed=seed,
+                data_name=data_name,
+                checkpoint=output / ".calibration.partial.safetensors",
+            )
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on from the last saved part")
+            raise typer.Exit(130) from None
+    left_dense = describe(find_sites(dense)[1])
+    sparse = sparsify_model(dense, calibration, sparsity, method, compensate, prefill)
+    hub.save(sparse, output, merge=merge)
+    if merge:
+        tokenizer.save_pretrained(output)
+    config = sparse.catsparse.config
+    result = {
+        "output": str(output),
+        "method": method,
+        "compensate": compensate,
+        "sparsity": config.measured_sparsity,
+        "bytes_skipped": config.bytes_skipped,
+        "sites": {name: site.sparsity for name, site in config.sites.items()},
+        "calibration_tokens": calibration.provenance.tokens,
+        "calibration_data": calibration.provenance.data,
+        "left_dense": left_dense,
+    }
+    if json:
+        print_json(result)
+        return
+    if left_dense:
+        err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
+    out.print(
+        f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
+        f"dropped, {config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
+        f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
+    )
+    out.print(f"next: catsparse evaluate {output}")

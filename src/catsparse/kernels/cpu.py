@@ -1,0 +1,133 @@
+"""The CPU kernel behind ``catsparse::gated_mlp``: checks, and a call of cpu.c through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import Library, load_library
+from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
+
+SOURCE = Path(__file__).with_name("cpu.c")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of cpu.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down")),
+        *((name, ctypes.c_void_p) for name in ("threshold", "mean", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "columns")),
+        *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "down_stride")),
+        ("threshold_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("dtype", "act", "threads", "down_transposed")),
+    ]
+
+
+def cpu_library() -> Library:
+    """The compiled kernel, built at the first call, or why there is none."""
+    return load_library(SOURCE)
+
+
+def gated_mlp_cpu(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`catsparse.kernels.gated_mlp` for CPU tensors, skipping what is dropped.
+
+    ``w_down_t`` with contiguous rows is read row by row, kept neurons only; a transposed view of
+    ``w_down`` is read whole. Anything the kernel does not take goes to the torch reference.
+    """
+    weights = (w_gate, w_up, w_down_t)
+    library = cpu_library().handle
+    if library is None or not _fits(x, weights, threshold, act, mean, bias):
+        return gated_mlp_reference(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    threshold = threshold.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    transposed = _row_stride(w_down_t) is not None
+    down_stride = _row_stride(w_down_t if transposed else w_down_t.t())
+    y = x.new_empty((*x.shape[:-1], w_down_t.shape[1]))
+    problem = _Problem(
+        rows.data_ptr(),
+        w_gate.data_ptr(),
+        w_up.data_ptr(),
+        w_down_t.data_ptr(),
+        threshold.data_ptr(),
+        None if mean is None else mean.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        w_gate.shape[0],
+        w_down_t.shape[1],
+        _row_stride(w_gate),
+        _row_stride(w_up),
+        down_stride,
+        threshold.dim(),
+        DTYPES.index(x.dtype),
+        _ACTIVATION_NUMBERS[act],
+        torch.get_num_threads(),
+        transposed,
+    )
+    if library.catsparse_gated_mlp(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for the work space of {w_gate.shape[0]} neurons")
+    return y
+
+
+def _fits(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Whether every pointer that cpu.c gets covers what it reads."""
+    w_gate, w_up, w_down_t = weights
+    if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
+        return False
+    neurons, hidden = w_gate.shape
+    vectors = [(mean, neurons), (bias, w_down_t.shape[1])]
+    if threshold.dim():
+        vectors.append((threshold, neurons))
+    return (
+        x.dtype in DTYPES
+        and x.device.type == "cpu"
+        and all(w.dtype == x.dtype and w.device.type == "cpu" for w in weights)
+        and act in _ACTIVATION_NUMBERS
+        and x.shape[-1] == hidden
+        and 0 < x.numel() <= MAX_OP_TOKENS * hidden
+        and neurons > 0
+        and w_down_t.shape[1] > 0
+        and w_up.shape == w_gate.shape
+        and w_down_t.shape[0] == neurons
+        and all(_row_stride(w) is not None for w in (w_gate, w_up))
+        and (_row_stride(w_down_t) or _row_stride(w_down_t.t())) is not None
+        and threshold.dtype == torch.float32
+        and all(
+            v is None or (v.dtype == torch.float32 and v.shape == (n,) and v.device.type == "cpu")
+            for v, n in vectors
+        )
+        and threshold.device.type == "cpu"
+    )
+
+
+def _row_stride(weight: Tensor) -> int | None:
+    """Elements from one row to the next, or None where rows are not contiguous."""
+    rows, columns = weight.shape
+    if columns > 1 and weight.stride(1) != 1:
+        return None
+    return weight.stride(0) if rows > 1 else columns

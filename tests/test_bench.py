@@ -1,0 +1,311 @@
+"""Benchmarks: rows, what is timed, what is refused; nothing depends on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import catsparse
+import tiny
+from catsparse import CatsparseError, bench
+from catsparse.bench import decode, op, rows, shapes
+from catsparse.kernels import gated_mlp_reference
+from catsparse.report import plot_speed
+
+CPU = torch.device("cpu")
+KEYS = {
+    *("what", "name", "impl", "device", "threads", "dtype", "tokens", "sparsity"),
+    *("bytes_skipped", "p20", "p50", "p80", "limit", "of_limit", "vs_dense", "max_err"),
+    *("versions", "commit"),
+}
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few layers are enough to get past a cache of 32 kB."""
+    monkeypatch.setattr(op, "last_level_cache", lambda device: 2**15)
+
+
+# Shapes
+
+
+# Published parameter counts; Qwen3's without its q and k norms, which a Llama has not.
+PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "smollm2-1.7b": 1_711_376_384,
+    "qwen3-0.6b": 596_049_920 - 28 * 2 * 128,
+    "qwen3-8b": 8_190_735_360 - 36 * 2 * 128,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mistral-7b": 7_248_023_552,
+    "gemma-7b": 8_537_680_896,
+}
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_named_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    model = shapes.random_model(bench.find_shape(name), torch.bfloat16, "meta")
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert model.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_shape_of_ones_own() -> None:
+    assert (bench.find_shape("12,34").hidden, bench.find_shape("12,34").intermediate) == (12, 34)
+    assert bench.find_shape("12,34,relu").act == "relu"
+
+
+@pytest.mark.parametrize("name", ["", "llama", "12", "12,", "0,4", "1,2,tanh", "-1,2", "1.5,2"])
+def test_unknown_shapes_are_refused_with_the_names(name: str) -> None:
+    with pytest.raises(CatsparseError, match="llama-2-7b"):
+        bench.find_shape(name)
+
+
+def test_an_mlp_alone_is_no_model() -> None:
+    with pytest.raises(CatsparseError, match="shape of an MLP"):
+        shapes.random_model(bench.find_shape("12,34"), torch.float32, "cpu")
+
+
+# Rows
+
+
+def test_quantiles_by_hand() -> None:
+    assert rows.quantiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
+    assert rows.quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_rows_are_added_to_the_file(tmp_path: Path) -> None:
+    row = bench.Row(
+        *("op", "a", "dense", "cpu", 2, "float32", 1, 0.0, 0.0, 1.0, 2.0, 3.0),
+        *(1.0, 2.0, 1.0, 0.0, {}, None),
+    )
+    path = tmp_path / "new" / "rows.jsonl"
+    bench.append_rows(path, [row])
+    bench.append_rows(path, [replace(row, impl="catsparse")])
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["impl"] for r in read] == ["dense", "catsparse"]
+    assert set(read[0]) == KEYS
+
+
+def test_the_machine_has_a_name_and_a_cache() -> None:
+    assert rows.device_name(CPU)
+    assert rows.last_level_cache(CPU) >= 2**20
+    assert {"python", "torch", "catsparse"} <= set(rows.versions())
+
+
+def test_probe_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PROBE_BYTES", 4096)
+    monkeypatch.setattr(rows, "seconds", lambda work, device: 0.5)
+    probe = rows.Probe(CPU)
+    probe.measure()
+    assert probe.bandwidth == 8192
+
+
+# bench op
+
+
+def run_op(**options: Any) -> list[bench.Row]:
+    settings: dict[str, Any] = {
+        "shape": bench.find_shape("40,72"),
+        "dtype": torch.float32,
+        "sparsities": [0.5, 0.9],
+        "tokens": 1,
+        "device": CPU,
+        "rounds": 3,
+    }
+    return bench.bench_op(**(settings | options))
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("dtype", rows.TOLERANCE, ids=str)
+def test_op_rows(dtype: torch.dtype) -> None:
+    found = run_op(dtype=dtype)
+    assert [(r.impl, r.sparsity) for r in found] == [
+        ("dense", 0.0),
+        ("catsparse", 0.0),
+        ("catsparse", 0.5),
+        ("catsparse", 0.9),
+    ]
+    weight_bytes = 3 * 40 * 72 * dtype.itemsize
+    for row in found:
+        assert set(asdict(row)) == KEYS
+        assert 0 < row.p20 <= row.p50 <= row.p80
+        assert row.bytes_skipped == pytest.approx(2 / 3 * row.sparsity, abs=0.01)
+        assert row.of_limit == pytest.approx(row.p50 / row.limit)
+        assert row.limit == pytest.approx(found[0].limit * (1 - row.bytes_skipped))
+        assert row.max_err <= rows.TOLERANCE[dtype]
+        assert row.limit < weight_bytes / 1e9 * 1e6  # no memory under test is slower than 1 GB/s
+    dense = min(found[0].p50, found[1].p50)
+    assert [r.vs_dense for r in found] == pytest.approx([dense / r.p50 for r in found])
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_several_tokens_skip_what_all_of_them_drop() -> None:
+    one, four = run_op(), run_op(tokens=4)
+    assert four[3].tokens == 4
+    # Independent masks: 0.9 of the neurons dropped by each of four tokens, 0.9^4 by all.
+    assert four[3].bytes_skipped == pytest.approx(2 / 3 * 0.9**4, abs=0.05)
+    assert four[3].bytes_skipped < one[3].bytes_skipped
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_without_the_copy_half_is_skipped() -> None:
+    with_copy, without = run_op(), run_op(down_copy=False)
+    assert without[3].bytes_skipped == pytest.approx(with_copy[3].bytes_skipped / 2)
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_every_call_is_timed_and_the_bar_advances(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    assert len(run_op(rounds=4, advance=lambda: calls.append(1))) == 4
+    assert len(calls) == 5  # one round warms up
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_every_activation(act: str) -> None:
+    assert len(run_op(shape=bench.find_shape(f"24,40,{act}"), rounds=1)) == 4
+
+
+def test_layers_exceed_the_cache_even_if_only_gates_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(op, "last_level_cache", lambda device: 100_000)
+    shape = bench.find_shape("40,72")
+    setup = op._Setup(shape, torch.float32, 1, CPU, "auto", True)
+    assert len(setup.layers) * 40 * 72 * 4 >= 2 * 100_000
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_thresholds_drop_the_share_asked_for() -> None:
+    setup = op._Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True)
+    for s in (0.25, 0.5, 0.9):
+        for gate, threshold in zip(setup.gates, setup.thresholds(s), strict=True):
+            assert float((gate <= threshold).float().mean()) == pytest.approx(s, abs=0.005)
+
+
+Prepared = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def honest(w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Prepared:
+    return lambda x, t, act: gated_mlp_reference(x, w_gate, w_up, w_down.t(), t, act)
+
+
+def wrong(w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Prepared:
+    return lambda x, t, act: 1.01 * gated_mlp_reference(x, w_gate, w_up, w_down.t(), t, act)
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_peers_run_beside(tokens: int) -> None:
+    found = run_op(peers={"honest": honest, "index_select": op.index_select}, tokens=tokens)
+    assert [r.impl for r in found[4:]] == ["honest", "honest", "index_select", "index_select"]
+    assert [r.sparsity for r in found[4:]] == [0.5, 0.9, 0.5, 0.9]
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(op, "seconds", lambda *_: timed.append(1) or 1.0)
+    with pytest.raises(CatsparseError, match=r"wrong at sparsity 0\.5 differs"):
+        run_op(peers={"wrong": wrong})
+    with pytest.raises(CatsparseError, match="not timed"):
+        run_op(peers={"nan": lambda *_: lambda x, t, act: x * float("nan")})
+    assert not timed
+
+
+def test_peer_files(tmp_path: Path) -> None:
+    good = tmp_path / "mine.py"
+    good.write_text("def prepare(w_gate, w_up, w_down):\n    return None\n")
+    assert op.load_peer(good)[0] == "mine"
+    (tmp_path / "empty.py").write_text("")
+    for path in (tmp_path / "missing.py", tmp_path / "empty.py", tmp_path):
+        with pytest.raises(CatsparseError, match=r"prepare|Python file"):
+            op.load_peer(path)
+
+
+# bench decode
+
+
+@pytest.fixture
+def sparse_model() -> Any:
+    model = tiny.build(tiny.llama_config())
+    ids = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    calibration = catsparse.calibrate(model, ids, progress=False)
+    return catsparse.sparsify(model, calibration, 0.5, compensate=True)
+
+
+PROMPT = torch.tensor([[5, 6, 7, 8]])
+
+
+def test_decode_rows(sparse_model: Any) -> None:
+    found = bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 4, rounds=2)
+    assert [(r.impl, r.sparsity) for r in found] == [
+        ("dense", 0.0),
+        ("catsparse", 0.0),
+        ("catsparse", 0.5),
+    ]
+    for row in found:
+        assert set(asdict(row)) == KEYS
+        assert (row.what, row.name, row.tokens) == ("decode", "tiny", 1)
+        assert row.of_limit == pytest.approx(row.p50 / row.limit)
+    assert found[1].bytes_skipped == 0
+    assert 0.1 < found[2].bytes_skipped < 0.6
+    total, mlp = decode.bytes_per_token(sparse_model)
+    bandwidth = found[0].limit * total
+    assert found[2].limit == pytest.approx(bandwidth / (total - found[2].bytes_skipped * mlp))
+    best = max(found[0].p50, found[1].p50)
+    assert found[2].vs_dense == pytest.approx(found[2].p50 / best)
+
+
+def test_intervals_leave_the_prompt_out(sparse_model: Any) -> None:
+    variant = decode.Variant("dense", 0.0)
+    assert len(decode._generate(sparse_model, variant, PROMPT, 5)) == 4
+
+
+def test_a_kernel_that_is_wrong_stops_the_benchmark(
+    sparse_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = type(sparse_model.model.layers[0].mlp)
+    right = module._decode
+    monkeypatch.setattr(module, "_decode", lambda self, *a: right(self, *a) * 1.01)
+    with pytest.raises(CatsparseError, match="differs from the reference"):
+        bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 4, rounds=1)
+
+
+def test_bytes_of_a_token_leave_out_an_embedding_that_is_only_looked_up() -> None:
+    def count(tied: bool) -> tuple[int, int]:
+        model = tiny.build(tiny.llama_config(tie_word_embeddings=tied))
+        ids = torch.randint(3, 60, (2, 16))
+        catsparse.sparsify(model, catsparse.calibrate(model, ids, progress=False))
+        return decode.bytes_per_token(model)
+
+    tied, untied = count(True), count(False)
+    assert tied == untied
+    model = tiny.build(tiny.llama_config(tie_word_embeddings=True))
+    assert tied[0] == sum(p.numel() * 4 for p in model.parameters())
+    mlps = [layer.mlp for layer in model.model.layers]
+    assert tied[1] == sum(p.numel() * 4 for mlp in mlps for p in mlp.parameters())
+
+
+# The plot
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_plot_of_several_dtypes(tmp_path: Path) -> None:
+    found = run_op(rounds=1) + run_op(rounds=1, dtype=torch.bfloat16, tokens=2)
+    paths = plot_speed([asdict(row) for row in found], tmp_path)
+    assert {path.name for path in paths} == {"speed.png", "speed.svg"}
+    assert all(path.stat().st_size > 5000 for path in paths)
+    svg = (tmp_path / "speed.svg").read_text()
+    assert "<svg" in svg
