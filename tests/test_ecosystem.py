@@ -299,7 +299,7 @@ def test_retuned_thresholds_reach_the_compiled_model(
         for name, module in sparse_modules(sparse).items():
             module.catsparse_threshold.copy_(calibration.thresholds(0.9)[name].threshold)
         new = compiled(input_ids=ids, use_cache=False).logits
-        assert torch.equal(new, sparse(input_ids=ids, use_cache=False).logits)
+        assert close(new, sparse(input_ids=ids, use_cache=False).logits)
 
 
 # -- PEFT
@@ -327,7 +327,7 @@ def test_lora_trains_and_uses_the_children(sparse: Any, op_calls: list[int]) -> 
     frozen = {id(p): p.detach().clone() for p in sparse.parameters()}
     model = lora(sparse, *GATED, "q_proj")
     assert catsparse.explain(model).count("masked children (gate_proj ") == 2
-    assert "gated_mlp" not in catsparse.explain(model)
+    assert "kernel" not in catsparse.explain(model)
     train(model, steps=1)
     adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert len(adapters) == 2 * 2 * 4  # A and B, layers, targets
@@ -365,13 +365,36 @@ def test_lora_merge(
     decoded = logits(run, SHORT)
     if not compiled:
         assert op_calls == [SHORT, SHORT]
-    assert catsparse.explain(merged).count("decode by catsparse::gated_mlp") == 2
+    assert catsparse.explain(merged).count("decode by the c kernel") == 2
     assert merged.catsparse.thresholds is thresholds
     dense.load_state_dict(merged.state_dict())
     by_hand = masked_by_hand(merged, dense)
     assert close(logits(merged, LONG), logits(by_hand, LONG))
     assert close(decoded, logits(by_hand, SHORT))
     assert torch.equal(logits(catsparse.densify(merged)), logits(dense))
+
+
+@pytest.mark.parametrize("targets", [("down_proj",), (*GATED, "q_proj"), ("q_proj",)])
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "unload"])
+def test_lora_after_decode(sparse: Any, dense: Any, targets: tuple[str, ...], how: str) -> None:
+    """The kernel's copy of down was made before the adapter came; merging writes past autograd."""
+    logits(sparse, 1)
+    before = [m._catsparse_down_t for m in sparse_modules(sparse).values()]
+    assert all(t is not None for t in before)
+    model = lora(sparse, *targets)
+    for name, p in model.named_parameters():  # as a trained one is loaded: no forward, no step
+        if "lora_B" in name:
+            p.data.normal_()
+    logits(model, 1)
+    if how == "merge_adapter":
+        model.merge_adapter()
+        logits(model, 1)
+    merged = model.merge_and_unload() if how == "merge_and_unload" else model.unload()
+    dense.load_state_dict(merged.state_dict())
+    by_hand = masked_by_hand(merged, dense)
+    for n in (1, SHORT, LONG):
+        assert close(logits(merged, n), logits(by_hand, n))
+    assert all(m._catsparse_down_t is not None for m in sparse_modules(merged).values())
 
 
 def test_lora_on_a_dense_model_then_sparsify(dense: Any) -> None:
@@ -737,6 +760,7 @@ def test_autocast_training(sparse: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_paths_agree(sparse: Any, dtype: torch.dtype, op_calls: list[int]) -> None:
     model = sparse.to(dtype)
+    catsparse.set_backend(model, "c")
     ids = tokens(1, SHORT)
     with torch.no_grad():
         by_op = model(input_ids=ids, use_cache=False).logits.float()
@@ -829,7 +853,9 @@ def test_family_at_sparsity_0_is_dense(family: str) -> None:
     model = copy.deepcopy(dense)
     catsparse.sparsify(model, calibrate(model), 0.0)
     for n in (SHORT, LONG):
-        assert close(logits(model, n), logits(dense, n), 1e-6)
-        # The op multiplies a fused projection's halves one by one.
+        catsparse.set_backend(model, "auto")
+        assert close(logits(model, n), logits(dense, n), 1e-5)
+        # Torch multiplies a fused projection's halves one by one.
+        catsparse.set_backend(model, "torch")
         if family != "phi3" or n == LONG:
             assert torch.equal(logits(model, n), logits(dense, n))

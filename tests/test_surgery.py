@@ -14,6 +14,7 @@ import catsparse
 import tiny
 from catsparse import Calibration, CatsparseError, SparsityConfig, densify, explain, sparsify
 from catsparse.config import SiteConfig
+from catsparse.kernels.backend import AUTO_TOKENS
 from catsparse.methods import METHODS
 from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import base_model_of, run_dense, state_of
@@ -294,8 +295,9 @@ def test_run_dense_within_run_dense(sparse_llama: Any) -> None:
 def test_explain_a_sparse_model(sparse_llama: Any) -> None:
     lines = explain(sparse_llama).split("\n")
     assert lines == [
-        f"{name}: sparse, per-neuron thresholds, compensated; decode by catsparse::gated_mlp "
-        "(torch)"
+        f"{name}: sparse, per-neuron thresholds, compensated; decode by the c kernel "
+        f"(faster than torch up to {AUTO_TOKENS[torch.float32]} tokens), "
+        "reading kept rows of up and down"
         for name in SITES
     ]
 
@@ -305,7 +307,7 @@ def test_explain_says_why_children_are_called(llama: Any, calibration: Calibrati
     llama.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, out: None)
     first, second = explain(llama).split("\n")
     threshold = state_of(llama).config.sites[SITES[0]].threshold
-    assert f"sparse, threshold {threshold:.4g}; decode by catsparse::gated_mlp" in first
+    assert f"sparse, threshold {threshold:.4g}; decode by the c kernel" in first
     assert second.endswith("decode by masked children (up_proj is hooked)")
 
 

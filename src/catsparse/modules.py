@@ -95,10 +95,11 @@ class SparseMLP(nn.Module):
         if few and x.numel() <= few * x.shape[-1]:
             op = gated_mlp
             if self.catsparse_down_copy:
-                if self._catsparse_down_t is None and not torch.compiler.is_compiling():
-                    self._catsparse_down_t = w_down.detach().t().contiguous()
-                if self._catsparse_down_t is not None:
-                    w_down_t = self._catsparse_down_t
+                down_t = self._catsparse_down_t
+                if down_t is None and not torch.compiler.is_compiling():
+                    down_t = self._catsparse_down_t = w_down.detach().t().contiguous()
+                if down_t is not None:
+                    w_down_t = down_t
         return op(
             x,
             w_gate,
@@ -182,16 +183,20 @@ class SparseMLP(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Choose the backend, and compute the compensation's bias, w_down @ mean."""
-        self._forget()
         if self.why_not_raw() is not None:
+            self._forget()
             return
         weight: Tensor = getattr(self, self.site_down).weight
-        self._catsparse_choice = choose_backend(self.catsparse_backend, weight.device, weight.dtype)
+        key = _version(weight)
+        choice = choose_backend(self.catsparse_backend, weight.device, weight.dtype)
+        bias = None
         if self.catsparse_mean is not None:
             mean = self.catsparse_mean.to(weight.device)
             # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
-            self.catsparse_bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
-        self._catsparse_key = _version(weight)
+            bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+        # The key last, and nothing None in between: other threads may be decoding.
+        self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
+        self._catsparse_key = key
 
     def set_backend(self, backend: Backend, down_copy: bool) -> None:
         """Choose how few-token calls run; see :func:`catsparse.set_backend`."""
@@ -203,9 +208,10 @@ class SparseMLP(nn.Module):
         device = self.catsparse_threshold.device
         self.catsparse_threshold = threshold.to(device)
         self.catsparse_mean = None if mean is None else mean.to(device)
-        down_t = self._catsparse_down_t
+        key, down_t = self._catsparse_key, self._catsparse_down_t
         self.refresh()
-        self._catsparse_down_t = down_t if self._catsparse_key is not None else None
+        if key is not None and key == self._catsparse_key:  # the copy is of these very weights
+            self._catsparse_down_t = down_t
 
     def train(self, mode: bool = True) -> SparseMLP:
         stepped = self.training and not mode

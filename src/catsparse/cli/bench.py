@@ -223,7 +223,9 @@ def _show(rows: list[Any], output: Path, plot: bool, json: bool) -> None:
 
 def _print_table(rows: list[Any]) -> None:
     first = rows[0]
-    unit = "µs" if first.what == "op" else "tokens/s"
+    unit, scale = ("tokens/s", 1.0) if first.what == "decode" else ("µs", 1.0)
+    if first.what == "op" and first.p50 >= 10_000:
+        unit, scale = "ms", 1e-3
     many = f", {first.tokens} tokens" if first.tokens > 1 else ""
     threads = f", {first.threads} threads" if first.threads else ""
     table = Table(
@@ -236,8 +238,8 @@ def _print_table(rows: list[Any]) -> None:
     for row in rows:
         table.add_row(
             *(row.impl, f"{row.sparsity:.0%}", f"{row.bytes_skipped:.1%}"),
-            f"{_short(row.p50)} ({_short(row.p20)}-{_short(row.p80)})",
-            *(_short(row.limit), f"{row.of_limit:.2f}", f"{row.vs_dense:.2f}x"),
+            "{} ({}-{})".format(*(_short(scale * p) for p in (row.p50, row.p20, row.p80))),
+            *(_short(scale * row.limit), f"{row.of_limit:.2f}", f"{row.vs_dense:.2f}x"),
         )
     out.print(table)
 

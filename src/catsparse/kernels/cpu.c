@@ -2,10 +2,11 @@
  *
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
  *
- * Two passes over the weights, each shared out to the threads in long runs that get shorter:
- *   1. by blocks of neurons: gate dots, activation and comparison, then up dots of kept neurons;
- *   2. by segments of the kept neurons and tiles of output columns: rows of w_down_t, in order.
- * Where only w_down is there (no transposed copy), pass 2 reads all of it, row by row.
+ * Three passes, each shared out to the threads in long runs that get shorter:
+ *   1. gate dots of all neurons, activation and comparison;
+ *   2. up dots of the kept neurons;
+ *   3. by segments of the kept neurons and tiles of output columns: rows of w_down_t, in order.
+ * Where only w_down is there (no transposed copy), pass 3 reads all of it, row by row.
  * Every sum has one fixed order, whatever the number of threads: results repeat bit for bit.
  *
  * Weights are float, bfloat16 or float16; every sum and the decision are in float. Plain C with the
@@ -16,7 +17,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -81,8 +82,13 @@ static inline halves load_halves(const uint16_t *p, int64_t n) {
     memcpy(&value, p, n == LANES ? sizeof value : (size_t)n * 2);
     return value;
 }
+/* Intrinsics where gcc 12 takes a detour over narrower vectors or scalars. */
 static inline words widen(halves value) {
-#if defined(__aarch64__) /* gcc 12 would go through scalars */
+#if defined(__AVX512F__)
+    return (words)_mm512_cvtepu16_epi32((__m256i)value);
+#elif defined(__AVX2__)
+    return (words)_mm256_cvtepu16_epi32((__m128i)value);
+#elif defined(__aarch64__)
     return (words)vmovl_u16((uint16x4_t)value);
 #else
     return __builtin_convertvector(value, words);
@@ -166,21 +172,22 @@ static inline float total(floats value) {
             UNROLL for (int t = 0; t < COUNT; t++) out[r][t] = total(sum[r][t]);                   \
     }
 
-/* Work space: factors is [neurons][tokens], 0 where dropped. */
+/* Work space: factors is [neurons][tokens]: g, NAN where one of several tokens drops the neuron,
+ * then g u - mean; 0 where dropped. */
 #define DEFINE_KERNEL(NAME, TYPE, LOAD, STORE)                                                     \
     DEFINE_DOT(NAME##_dot_one, TYPE, LOAD, 1)                                                      \
     DEFINE_DOT(NAME##_dot_group, TYPE, LOAD, GROUP)                                                \
-    /* Dots of x with the rows list[0..count) of w (from..from+count without a list). */           \
-    static void NAME##_dots(const TYPE *w, int64_t w_stride, int64_t from, const int64_t *list,    \
-                            int64_t count, const float *x, int64_t x_stride, int64_t n,            \
-                            int64_t tokens, float (*out)[MAX_TOKENS]) {                            \
-        for (int64_t c = 0; c < count; c += ROWS) {                                                \
+    /* Dots of x with rows list[first..last) of w (first..last without a list) out of `total`. */  \
+    static void NAME##_dots(const TYPE *w, int64_t w_stride, const int32_t *list, int64_t first,   \
+                            int64_t last, int64_t total, const float *x, int64_t x_stride,         \
+                            int64_t n, int64_t tokens, float (*out)[MAX_TOKENS]) {                 \
+        for (int64_t c = first; c < last; c += ROWS, out += ROWS) {                                \
             const TYPE *row[ROWS], *next[ROWS];                                                    \
-            float sums[ROWS][MAX_TOKENS], (*sum)[MAX_TOKENS] = c + ROWS <= count ? out + c : sums; \
+            float sums[ROWS][MAX_TOKENS], (*sum)[MAX_TOKENS] = c + ROWS <= last ? out : sums;      \
             for (int r = 0; r < ROWS; r++) {                                                       \
-                int64_t here = least(c + r, count - 1), ahead = least(c + ROWS + r, count - 1);    \
-                row[r] = w + (list ? list[here] : from + here) * w_stride;                         \
-                next[r] = w + (list ? list[ahead] : from + ahead) * w_stride;                      \
+                int64_t here = least(c + r, last - 1), ahead = least(c + ROWS + r, total - 1);     \
+                row[r] = w + (list ? list[here] : here) * w_stride;                                \
+                next[r] = w + (list ? list[ahead] : ahead) * w_stride;                             \
             }                                                                                      \
             int64_t t = 0;                                                                         \
             for (; t + GROUP <= tokens; t += GROUP)                                                \
@@ -189,54 +196,59 @@ static inline float total(floats value) {
             for (; t < tokens; t++)                                                                \
                 NAME##_dot_one(row, next, x + t * x_stride, x_stride, n,                           \
                                (float(*)[MAX_TOKENS])(sum[0] + t));                                \
-            if (sum == sums) memcpy(out + c, sums, (size_t)(count - c) * sizeof *out);             \
+            if (sum == sums) memcpy(out, sums, (size_t)(last - c) * sizeof *out);                  \
         }                                                                                          \
     }                                                                                              \
-    static void NAME##_neurons(const Problem *p, const float *x, int64_t x_stride, int64_t first,  \
-                               int64_t last, float *factors, uint8_t *kept) {                      \
-        int64_t wanted[BLOCK], count = 0, tokens = p->tokens;                                      \
-        float g[BLOCK][MAX_TOKENS], u[BLOCK][MAX_TOKENS];                                          \
-        NAME##_dots(p->w_gate, p->gate_stride, first, NULL, last - first, x, x_stride, p->hidden,  \
-                    tokens, g);                                                                    \
+    /* Pass 1. */                                                                                  \
+    static void NAME##_gates(const Problem *p, const float *x, int64_t x_stride, int64_t first,    \
+                             int64_t last, float *factors, uint8_t *kept) {                        \
+        int64_t tokens = p->tokens;                                                                \
+        float g[BLOCK][MAX_TOKENS];                                                                \
+        NAME##_dots(p->w_gate, p->gate_stride, NULL, first, last, p->neurons, x, x_stride,         \
+                    p->hidden, tokens, g);                                                         \
         for (int64_t i = first; i < last; i++) {                                                   \
             float threshold = p->threshold[i * p->threshold_stride];                               \
+            float *factor = factors + i * tokens;                                                  \
             kept[i] = 0;                                                                           \
             for (int64_t t = 0; t < tokens; t++) {                                                 \
                 float value = activate(g[i - first][t], p->act);                                   \
                 int keep = fabsf(value) > threshold;                                               \
                 kept[i] |= (uint8_t)keep;                                                          \
-                g[i - first][t] = keep ? value : NAN; /* dropped, maybe for this token only */     \
-                factors[i * tokens + t] = 0.0f;                                                    \
+                factor[t] = keep ? value : NAN;                                                    \
             }                                                                                      \
-            if (kept[i]) wanted[count++] = i;                                                      \
-        }                                                                                          \
-        NAME##_dots(p->w_up, p->up_stride, 0, wanted, count, x, x_stride, p->hidden, tokens, u);   \
-        for (int64_t c = 0; c < count; c++) {                                                      \
-            int64_t i = wanted[c];                                                                 \
-            for (int64_t t = 0; t < tokens; t++) {                                                 \
-                float value = g[i - first][t];                                                     \
-                if (value == value)                                                                \
-                    factors[i * tokens + t] = value * u[c][t] - (p->mean ? p->mean[i] : 0.0f);     \
-            }                                                                                      \
+            if (!kept[i]) memset(factor, 0, (size_t)tokens * sizeof *factor);                      \
         }                                                                                          \
     }                                                                                              \
-    /* Pass 2: columns first..first+width, the kept neurons list[0..count), into y: floats. */     \
+    /* Pass 2, for the kept neurons list[first..last) of count. */                                 \
+    static void NAME##_ups(const Problem *p, const float *x, int64_t x_stride, int64_t first,      \
+                           int64_t last, int64_t count, const int32_t *list, float *factors) {     \
+        int64_t tokens = p->tokens;                                                                \
+        float u[BLOCK][MAX_TOKENS];                                                                \
+        NAME##_dots(p->w_up, p->up_stride, list, first, last, count, x, x_stride, p->hidden,       \
+                    tokens, u);                                                                    \
+        for (int64_t c = first; c < last; c++) {                                                   \
+            float mean = p->mean ? p->mean[list[c]] : 0.0f, *h = factors + list[c] * tokens;       \
+            for (int64_t t = 0; t < tokens; t++)                                                   \
+                h[t] = h[t] == h[t] ? h[t] * u[c - first][t] - mean : 0.0f;                        \
+        }                                                                                          \
+    }                                                                                              \
+    /* Pass 3: columns first..first+width, kept neurons list[from..to) of count, into floats y. */ \
     static void NAME##_columns(const Problem *p, int64_t first, int64_t width,                     \
-                               const float *factors, const int32_t *list, int64_t count, float *y, \
-                               int64_t y_stride) {                                                 \
+                               const float *factors, const int32_t *list, int64_t from,            \
+                               int64_t to, int64_t count, float *y, int64_t y_stride) {            \
         static const float none[MAX_TOKENS] = {0};                                                 \
         int64_t tokens = p->tokens;                                                                \
         for (int64_t t = 0; t < tokens; t++)                                                       \
             memset(y + t * y_stride + first, 0, (size_t)round_up(width, LANES) * sizeof *y);       \
         const TYPE *base = (const TYPE *)p->w_down + first;                                        \
-        for (int64_t c = 0; c < count; c += ROWS) {                                                \
+        for (int64_t c = from; c < to; c += ROWS) {                                                \
             const TYPE *row[ROWS], *next[ROWS];                                                    \
             const float *factor[ROWS];                                                             \
             for (int r = 0; r < ROWS; r++) {                                                       \
-                int64_t here = list[least(c + r, count - 1)];                                      \
+                int64_t here = list[least(c + r, to - 1)];                                         \
                 row[r] = base + here * p->down_stride;                                             \
                 next[r] = base + list[least(c + ROWS + r, count - 1)] * p->down_stride;            \
-                factor[r] = c + r < count ? factors + here * tokens : none;                        \
+                factor[r] = c + r < to ? factors + here * tokens : none;                           \
             }                                                                                      \
             for (int64_t j = 0; j < width; j += LANES) {                                           \
                 floats w[ROWS];                                                                    \
@@ -265,12 +277,12 @@ static inline float total(floats value) {
                 ((TYPE *)p->y)[t * p->columns + j] = STORE(sum);                                   \
             }                                                                                      \
     }                                                                                              \
-    /* Pass 2 without a transposed copy: rows first..last of w_down; h is [tokens][h_stride]. */   \
+    /* Pass 3 without a transposed copy: rows first..last of w_down; h is [tokens][h_stride]. */   \
     static void NAME##_rows(const Problem *p, int64_t first, int64_t last, const float *h,         \
                             int64_t h_stride) {                                                    \
         float sum[BLOCK][MAX_TOKENS];                                                              \
-        NAME##_dots(p->w_down, p->down_stride, first, NULL, last - first, h, h_stride, p->neurons, \
-                    p->tokens, sum);                                                               \
+        NAME##_dots(p->w_down, p->down_stride, NULL, first, last, p->columns, h, h_stride,         \
+                    p->neurons, p->tokens, sum);                                                   \
         for (int64_t j = first; j < last; j++)                                                     \
             for (int64_t t = 0; t < p->tokens; t++)                                                \
                 ((TYPE *)p->y)[t * p->columns + j] =                                               \
@@ -291,16 +303,18 @@ DEFINE_KERNEL(f16, uint16_t, load_f16, store_f16)
 
 typedef struct {
     void (*widen)(const Problem *, float *, int64_t);
-    void (*neurons)(const Problem *, const float *, int64_t, int64_t, int64_t, float *, uint8_t *);
+    void (*gates)(const Problem *, const float *, int64_t, int64_t, int64_t, float *, uint8_t *);
+    void (*ups)(const Problem *, const float *, int64_t, int64_t, int64_t, int64_t, const int32_t *,
+                float *);
     void (*columns)(const Problem *, int64_t, int64_t, const float *, const int32_t *, int64_t,
-                    float *, int64_t);
+                    int64_t, int64_t, float *, int64_t);
     void (*finish)(const Problem *, int64_t, int64_t, const float *, int64_t, int64_t);
     void (*rows)(const Problem *, int64_t, int64_t, const float *, int64_t);
 } Kernel;
 static const Kernel kernels[] = {
-    {f32_widen, f32_neurons, f32_columns, f32_finish, f32_rows},
-    {bf16_widen, bf16_neurons, bf16_columns, bf16_finish, bf16_rows},
-    {f16_widen, f16_neurons, f16_columns, f16_finish, f16_rows},
+    {f32_widen, f32_gates, f32_ups, f32_columns, f32_finish, f32_rows},
+    {bf16_widen, bf16_gates, bf16_ups, bf16_columns, bf16_finish, bf16_rows},
+    {f16_widen, f16_gates, f16_ups, f16_columns, f16_finish, f16_rows},
 };
 
 /* 0, or 1 if there is no memory for the work space. */
@@ -326,17 +340,20 @@ int catsparse_gated_mlp(const Problem *p) {
     {
 #pragma omp for schedule(guided, 1)
         for (int64_t first = 0; first < neurons; first += BLOCK)
-            kernel->neurons(p, x, x_stride, first, least(first + BLOCK, neurons), factors, kept);
-        if (p->down_transposed) {
+            kernel->gates(p, x, x_stride, first, least(first + BLOCK, neurons), factors, kept);
 #pragma omp single
-            for (int64_t i = 0; i < neurons; i++)
-                if (kept[i]) list[count++] = (int32_t)i;
+        for (int64_t i = 0; i < neurons; i++)
+            if (kept[i]) list[count++] = (int32_t)i;
+#pragma omp for schedule(guided, 1)
+        for (int64_t first = 0; first < count; first += BLOCK)
+            kernel->ups(p, x, x_stride, first, least(first + BLOCK, count), count, list, factors);
+        if (p->down_transposed) {
 #pragma omp for schedule(guided, 1)
             for (int64_t item = 0; item < segments * tiles; item++) {
                 int64_t s = item / tiles, first = item % tiles * width;
-                int64_t from = count * s / segments, to = count * (s + 1) / segments;
-                kernel->columns(p, first, least(width, columns - first), factors, list + from,
-                                to - from, sums + s * tokens * y_stride, y_stride);
+                kernel->columns(p, first, least(width, columns - first), factors, list,
+                                count * s / segments, count * (s + 1) / segments, count,
+                                sums + s * tokens * y_stride, y_stride);
             }
 #pragma omp for schedule(static)
             for (int64_t first = 0; first < columns; first += BLOCK)

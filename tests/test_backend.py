@@ -1,0 +1,250 @@
+"""Which implementation serves a call: the rules, and what a model says about them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import catsparse
+import tiny
+from catsparse import CatsparseError, explain, set_backend
+from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
+from catsparse.kernels.backend import AUTO_TOKENS, Choice
+from catsparse.kernels.build import Library
+from catsparse.modules import sparse_modules
+
+CPU = torch.device("cpu")
+SITES = ["model.layers.0.mlp", "model.layers.1.mlp"]
+START = "sparse, per-neuron thresholds, compensated; decode by "
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> str:
+    reason = "cc failed: no such luck"
+    for module in (cpu, backend):
+        monkeypatch.setattr(module, "cpu_library", lambda: Library(None, reason))
+    return reason
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each call of the C code."""
+    seen: list[int] = []
+    library: Any = cpu.cpu_library().handle
+    if library is None:
+        pytest.skip("no C compiler")
+
+    class Watched:
+        @staticmethod
+        def catsparse_gated_mlp(problem: Any) -> int:
+            seen.append(problem._obj.tokens)
+            return int(library.catsparse_gated_mlp(problem))
+
+    monkeypatch.setattr(cpu, "cpu_library", lambda: Library(Watched(), ""))  # type: ignore[arg-type]
+    return seen
+
+
+def paths(model: nn.Module) -> list[str]:
+    """What ``explain`` says of each layer's decode."""
+    lines = explain(model).split("\n")
+    assert [line.split(":")[0] for line in lines] == SITES
+    return [line.split("decode by ")[1] for line in lines]
+
+
+# The rules
+
+
+@pytest.mark.parametrize("dtype", AUTO_TOKENS, ids=str)
+def test_auto_takes_the_kernel_for_few_tokens(dtype: torch.dtype, calls: list[int]) -> None:
+    choice = choose_backend(Backend.AUTO, CPU, dtype)
+    tokens = AUTO_TOKENS[dtype]
+    assert choice == Choice(Backend.C, tokens, f"faster than torch up to {tokens} tokens")
+    assert 1 <= tokens <= MAX_OP_TOKENS
+
+
+@pytest.mark.parametrize("dtype", AUTO_TOKENS, ids=str)
+def test_what_is_asked_for(dtype: torch.dtype, calls: list[int]) -> None:
+    assert choose_backend(Backend.C, CPU, dtype) == Choice(Backend.C, MAX_OP_TOKENS, "asked for")
+    assert choose_backend(Backend.TORCH, CPU, dtype) == Choice(Backend.TORCH, 0, "asked for")
+
+
+def test_every_dtype_of_the_kernel_has_a_crossover() -> None:
+    assert set(AUTO_TOKENS) == set(cpu.DTYPES)
+
+
+@pytest.mark.parametrize("asked", [Backend.AUTO, Backend.C])
+def test_where_there_is_no_kernel(asked: Backend) -> None:
+    for device, dtype, why in (
+        ("cuda", torch.float32, "no kernel for cuda yet"),
+        ("meta", torch.bfloat16, "no kernel for meta yet"),
+        ("cpu", torch.float64, "no kernel for float64"),
+        ("cpu", torch.float8_e4m3fn, "no kernel for float8_e4m3fn"),
+    ):
+        choice = choose_backend(asked, torch.device(device), dtype)
+        assert choice == Choice(Backend.TORCH, 0, why)
+
+
+@pytest.mark.parametrize("asked", Backend)
+def test_without_a_compiler(asked: Backend, no_compiler: str) -> None:
+    reason = "asked for" if asked is Backend.TORCH else no_compiler
+    assert choose_backend(asked, CPU, torch.float32) == Choice(Backend.TORCH, 0, reason)
+
+
+def test_torch_and_other_devices_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cpu_library", None)  # calling it would fail
+    choose_backend(Backend.TORCH, CPU, torch.float32)
+    choose_backend(Backend.AUTO, torch.device("cuda"), torch.float32)
+    choose_backend(Backend.C, CPU, torch.float64)
+
+
+# A model
+
+
+def test_set_backend_decides_what_runs(sparse_llama: Any, calls: list[int]) -> None:
+    expected = tiny.logits(sparse_llama, tiny.SHORT)
+    assert calls == [tiny.SHORT] * 2
+    for name, count in (("torch", 0), ("c", 2), ("auto", 2)):
+        set_backend(sparse_llama, name)
+        calls.clear()
+        assert tiny.close(tiny.logits(sparse_llama, tiny.SHORT), expected)
+        tiny.logits(sparse_llama, tiny.LONG)  # never more than MAX_OP_TOKENS
+        assert len(calls) == count
+
+
+def test_set_backend_counts_tokens_not_positions(sparse_llama: Any, calls: list[int]) -> None:
+    ids = tiny.tokens(4, 4)
+    with torch.no_grad():
+        sparse_llama(input_ids=ids, use_cache=False)
+        assert calls == [16, 16]
+        sparse_llama(input_ids=torch.cat([ids, ids[:1]]), use_cache=False)
+    assert calls == [16, 16]
+
+
+def test_auto_in_bf16_leaves_batches_to_torch(sparse_llama: Any, calls: list[int]) -> None:
+    model = sparse_llama.bfloat16()
+    crossover = AUTO_TOKENS[torch.bfloat16]
+    tiny.logits(model, crossover)
+    assert calls == [crossover] * 2
+    calls.clear()
+    tiny.logits(model, crossover + 1)
+    assert calls == []
+    set_backend(model, "c")
+    tiny.logits(model, MAX_OP_TOKENS)
+    assert calls == [MAX_OP_TOKENS] * 2
+
+
+@pytest.mark.parametrize("down_copy", [True, False])
+def test_set_backend_with_and_without_a_copy(
+    sparse_llama: Any, calls: list[int], down_copy: bool
+) -> None:
+    expected = tiny.logits(sparse_llama, tiny.SHORT)
+    set_backend(sparse_llama, "c", down_copy)
+    modules = sparse_modules(sparse_llama).values()
+    assert all(m._catsparse_down_t is None for m in modules)  # not before it is needed
+    assert tiny.close(tiny.logits(sparse_llama, tiny.SHORT), expected)
+    assert all((m._catsparse_down_t is not None) == down_copy for m in modules)
+    set_backend(sparse_llama, "torch")
+    assert all(m._catsparse_down_t is None for m in modules)
+
+
+def test_set_backend_survives_a_deepcopy(sparse_llama: Any, calls: list[int]) -> None:
+    set_backend(sparse_llama, "torch", down_copy=False)
+    other = copy.deepcopy(sparse_llama)
+    tiny.logits(other, tiny.SHORT)
+    assert calls == []
+    set_backend(other, "c")
+    tiny.logits(other, tiny.SHORT)
+    assert len(calls) == 2
+    assert paths(sparse_llama) == ["torch, dense matmuls (asked for)"] * 2
+
+
+def test_torch_is_dense_bit_for_bit_at_sparsity_0(llama: Any, calibration: Any) -> None:
+    for length in (1, tiny.SHORT, MAX_OP_TOKENS, tiny.LONG):
+        dense = tiny.logits(llama, length)
+        catsparse.sparsify(llama, calibration, 0.0)
+        set_backend(llama, "torch")
+        assert torch.equal(tiny.logits(llama, length), dense)
+        catsparse.densify(llama)
+
+
+def test_nothing_changes_if_the_backend_cannot_run(sparse_llama: Any, no_compiler: str) -> None:
+    set_backend(sparse_llama, "torch", down_copy=False)
+    with pytest.raises(CatsparseError) as caught:
+        set_backend(sparse_llama, "c")
+    assert str(caught.value) == (
+        f"model.layers.0.mlp cannot run the backend c: {no_compiler}; use auto"
+    )
+    for module in sparse_modules(sparse_llama).values():
+        assert module.catsparse_backend is Backend.TORCH
+        assert not module.catsparse_down_copy
+    set_backend(sparse_llama, "auto")  # goes, in torch
+    dense = tiny.logits(sparse_llama, tiny.SHORT)
+    set_backend(sparse_llama, "torch")
+    assert torch.equal(tiny.logits(sparse_llama, tiny.SHORT), dense)
+
+
+def test_one_layer_that_cannot_run_it(sparse_llama: Any) -> None:
+    """The second layer is in fp64: the first is left alone."""
+    sparse_llama.model.layers[1].mlp.double()
+    with pytest.raises(CatsparseError, match=r"layers\.1\.mlp .* no kernel for float64; use auto"):
+        set_backend(sparse_llama, "c")
+    assert sparse_llama.model.layers[0].mlp.catsparse_backend is Backend.AUTO
+
+
+@pytest.mark.parametrize("name", ["triton", "", "C", "cpu"])
+def test_unknown_backend(sparse_llama: Any, name: str) -> None:
+    with pytest.raises(CatsparseError, match="auto, torch, c") as caught:
+        set_backend(sparse_llama, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_dense_model(llama: Any) -> None:
+    with pytest.raises(CatsparseError, match=r"not sparse; call catsparse\.sparsify"):
+        set_backend(llama, "torch")
+
+
+def test_densify_forgets_the_backend(sparse_llama: Any, calibration: Any) -> None:
+    set_backend(sparse_llama, "torch", down_copy=False)
+    catsparse.densify(sparse_llama)
+    catsparse.sparsify(sparse_llama, calibration)
+    for module in sparse_modules(sparse_llama).values():
+        assert (module.catsparse_backend, module.catsparse_down_copy) == (Backend.AUTO, True)
+
+
+# What explain says
+
+
+def test_explain_each_backend(sparse_llama: Any, calls: list[int]) -> None:
+    auto = f"the c kernel (faster than torch up to {AUTO_TOKENS[torch.float32]} tokens)"
+    both = "reading kept rows of up and down"
+    up = "reading kept rows of up, all of down (no copy)"
+    assert paths(sparse_llama) == [f"{auto}, {both}"] * 2
+    set_backend(sparse_llama, "auto", down_copy=False)
+    assert paths(sparse_llama) == [f"{auto}, {up}"] * 2
+    set_backend(sparse_llama, "c")
+    assert paths(sparse_llama) == [f"the c kernel (asked for), {both}"] * 2
+    set_backend(sparse_llama, "torch")
+    assert paths(sparse_llama) == ["torch, dense matmuls (asked for)"] * 2
+    set_backend(sparse_llama, "auto")
+    tokens = AUTO_TOKENS[torch.bfloat16]
+    sparse_llama.bfloat16()
+    assert f"faster than torch up to {tokens} tokens" in paths(sparse_llama)[0]
+    sparse_llama.double()
+    assert paths(sparse_llama) == ["torch, dense matmuls (no kernel for float64)"] * 2
+
+
+def test_explain_without_a_compiler(sparse_llama: Any, no_compiler: str) -> None:
+    assert paths(sparse_llama) == [f"torch, dense matmuls ({no_compiler})"] * 2
+
+
+def test_explain_layers_that_differ(sparse_llama: Any) -> None:
+    sparse_llama.model.layers[1].mlp.down_proj.register_forward_hook(lambda *a: None)
+    set_backend(sparse_llama, "torch")
+    assert paths(sparse_llama) == [
+        "torch, dense matmuls (asked for)",
+        "masked children (down_proj is hooked)",
+    ]
