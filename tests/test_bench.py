@@ -172,6 +172,28 @@ def test_every_call_is_timed_and_the_bar_advances(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("small_cache")
+def test_nothing_is_made_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed copy is made at a layer's first call: never in a timed one."""
+    made: list[bool] = []
+    setups: list[op._Setup] = []
+    init, clock = op._Setup.__init__, op.seconds
+
+    def remember(self: op._Setup, *arguments: Any) -> None:
+        init(self, *arguments)
+        setups.append(self)
+
+    def watch(work: Callable[[], object], device: torch.device) -> float:
+        made.extend(m._catsparse_down_t is not None for m in setups[0].modules)
+        return clock(work, device)
+
+    monkeypatch.setattr(op._Setup, "__init__", remember)
+    monkeypatch.setattr(op, "seconds", watch)
+    run_op(rounds=1)
+    assert made
+    assert all(made)
+
+
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_every_activation(act: str) -> None:
     assert len(run_op(shape=bench.find_shape(f"24,40,{act}"), rounds=1)) == 4
