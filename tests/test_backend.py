@@ -79,8 +79,7 @@ def test_every_dtype_of_the_kernel_has_a_crossover() -> None:
 @pytest.mark.parametrize("asked", [Backend.AUTO, Backend.C])
 def test_where_there_is_no_kernel(asked: Backend) -> None:
     for device, dtype, why in (
-        ("cuda", torch.float32, "no kernel for cuda yet"),
-        ("meta", torch.bfloat16, "no kernel for meta yet"),
+        ("meta", torch.bfloat16, "no kernel for meta"),
         ("cpu", torch.float64, "no kernel for float64"),
         ("cpu", torch.float8_e4m3fn, "no kernel for float8_e4m3fn"),
     ):
@@ -88,7 +87,21 @@ def test_where_there_is_no_kernel(asked: Backend) -> None:
         assert choice == Choice(Backend.TORCH, 0, why)
 
 
-@pytest.mark.parametrize("asked", Backend)
+def test_triton_runs_on_gpus_only_and_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend(Backend.TRITON, CPU, torch.float32).backend is Backend.TORCH
+    cuda = torch.device("cuda")
+    assert "experimental" not in choose_backend(Backend.TRITON, cuda, torch.bfloat16).reason
+    monkeypatch.setattr(backend, "why_not_triton", lambda device: None)
+    assert choose_backend(Backend.TRITON, cuda, torch.bfloat16) == Choice(
+        Backend.TRITON, 4, "asked for"
+    )
+    for other in (Backend.AUTO, Backend.C):
+        choice = choose_backend(other, cuda, torch.bfloat16)
+        assert (choice.backend, choice.kernel_tokens) == (Backend.TORCH, 0)
+        assert "experimental" in choice.reason
+
+
+@pytest.mark.parametrize("asked", [Backend.AUTO, Backend.C, Backend.TORCH])
 def test_without_a_compiler(asked: Backend, no_compiler: str) -> None:
     reason = "asked for" if asked is Backend.TORCH else no_compiler
     assert choose_backend(asked, CPU, torch.float32) == Choice(Backend.TORCH, 0, reason)
@@ -195,7 +208,7 @@ def test_one_layer_that_cannot_run_it(sparse_llama: Any) -> None:
     assert sparse_llama.model.layers[0].mlp.catsparse_backend is Backend.AUTO
 
 
-@pytest.mark.parametrize("name", ["triton", "", "C", "cpu"])
+@pytest.mark.parametrize("name", ["cuda", "", "C", "cpu"])
 def test_unknown_backend(sparse_llama: Any, name: str) -> None:
     with pytest.raises(CatsparseError, match="auto, torch, c") as caught:
         set_backend(sparse_llama, name)

@@ -125,8 +125,9 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
 
     Args:
         model: a sparse model.
-        backend: ``auto``, ``torch`` (dense matmuls, results bit-equal to dense at sparsity 0) or
-            ``c`` (the CPU kernel for every decode call).
+        backend: ``auto``, ``torch`` (dense matmuls, results bit-equal to dense at sparsity 0),
+            ``c`` (the CPU kernel for every decode call) or ``triton`` (NVIDIA GPUs, calls of up
+            to 4 tokens; experimental).
         down_copy: let the kernel keep a transposed copy of each down projection (a third of the
             MLPs' memory, made at the first decode). Without it only rows of the up projection are
             skipped, half of what could be.

@@ -26,7 +26,7 @@ Output = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(help="Rounds, each with every variant.", min=1)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)]
-Backend = Annotated[str, typer.Option(help="auto, torch or c: see catsparse.set_backend.")]
+Backend = Annotated[str, typer.Option(help="auto, torch, c or triton: see catsparse.set_backend.")]
 DownCopy = Annotated[
     bool, typer.Option(help="Let the kernel keep a transposed copy of the down projection.")
 ]

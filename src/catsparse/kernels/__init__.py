@@ -13,6 +13,7 @@ from torch import Tensor
 from .backend import Backend, Choice, choose_backend
 from .cpu import gated_mlp_cpu
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, masked_hidden
+from .triton import gated_mlp_cuda
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,6 +34,7 @@ torch.library.define(
 )
 torch.library.impl("catsparse::gated_mlp", "default", gated_mlp_reference)
 torch.library.impl("catsparse::gated_mlp", "cpu", gated_mlp_cpu)
+torch.library.impl("catsparse::gated_mlp", "cuda", gated_mlp_cuda)
 
 
 @torch.library.register_fake("catsparse::gated_mlp")  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ import torch
 
 from .cpu import DTYPES, cpu_library
 from .reference import MAX_OP_TOKENS
+from .triton import MAX_TOKENS, why_not_triton
 
 
 class Backend(str, Enum):
@@ -17,6 +18,7 @@ class Backend(str, Enum):
     AUTO = "auto"
     TORCH = "torch"
     C = "c"
+    TRITON = "triton"
 
 
 # The most tokens for which the C kernel beats torch's dense matmuls even if nothing is dropped:
@@ -37,8 +39,13 @@ def choose_backend(asked: Backend, device: torch.device, dtype: torch.dtype) -> 
     """What a layer with weights of ``dtype`` on ``device`` runs; builds the kernel if needed."""
     if asked is Backend.TORCH:
         return Choice(Backend.TORCH, 0, "asked for")
+    if asked is Backend.TRITON or device.type == "cuda":
+        reason = why_not_triton(device)
+        if reason is None and asked is Backend.TRITON:
+            return Choice(Backend.TRITON, MAX_TOKENS, "asked for")
+        return Choice(Backend.TORCH, 0, reason or "the triton kernel is experimental: ask for it")
     if device.type != "cpu":
-        return Choice(Backend.TORCH, 0, f"no kernel for {device.type} yet")
+        return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")
     if dtype not in DTYPES:
         return Choice(Backend.TORCH, 0, f"no kernel for {str(dtype).removeprefix('torch.')}")
     library = cpu_library()
