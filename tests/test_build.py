@@ -258,6 +258,23 @@ def test_a_folder_that_forbids_execution(
 # Which compiler
 
 
+def test_a_full_disk_leads_to_the_next_folder(
+    source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def full(old: str, new: Path) -> None:
+        if new.parent == cache:
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full)
+    library = build.load_library.__wrapped__(source)
+    assert library.handle is not None
+    assert str(tmp_path / "temporary") in library.reason
+    assert not list(cache.iterdir())
+
+
 def test_cc_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "ccache 'my gcc' -m64")
     assert find_compilers() == [["ccache", "my gcc", "-m64"]]

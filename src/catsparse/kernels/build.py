@@ -53,14 +53,18 @@ def load_library(source: Path) -> Library:
             key = _key(source, compiler)
             for folder in cache_folders():
                 path = folder / f"{source.stem}-{key}.so"
-                handle = _load(path) if path.exists() else None
-                if handle is None:
-                    _compile(source, compiler, path)
-                    handle = _load(path)
+                try:
+                    handle = _load(path) if path.exists() else None
+                    if handle is None:
+                        _compile(source, compiler, path)
+                        handle = _load(path)
+                except OSError as error:  # a full disk, say: the next folder may be another one
+                    reasons.append(str(error))
+                    continue
                 if handle is not None:
                     return Library(handle, f"{path}, built by {compiler[0]}")
                 reasons.append(f"{path} does not load")
-        except (_CannotBuildError, OSError) as error:
+        except _CannotBuildError as error:
             reasons.append(str(error))
     reason = "; ".join(reasons) or "no C compiler: install gcc or clang"
     log.warning("no CPU kernel (%s); sparse layers run as dense torch matmuls", reason)
