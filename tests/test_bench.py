@@ -113,6 +113,8 @@ def test_probe_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # bench op
 
+SMALL: tuple[Any, ...] = (shapes.find_shape("40,72"), torch.float32, 1, CPU, "auto", True)
+
 
 def run_op(**options: Any) -> list[bench.Row]:
     settings: dict[str, Any] = {
@@ -169,6 +171,41 @@ def test_every_call_is_timed_and_the_bar_advances(monkeypatch: pytest.MonkeyPatc
     calls: list[int] = []
     assert len(run_op(rounds=4, advance=lambda: calls.append(1))) == 4
     assert len(calls) == 5  # one round warms up
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("sparsities", [[0.5], [0.5, 0.7], [0.5, 0.7, 0.9]], ids=len)
+def test_every_variant_meets_every_layer_and_input(
+    sparsities: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: dict[str, set[tuple[int, int]]] = {"first": set(), "second": set()}
+    timing: list[int] = []
+
+    def watcher(name: str) -> op.Peer:
+        def prepare(w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Prepared:
+            call = honest(w_gate, w_up, w_down)
+
+            def watched(x: Tensor, t: Tensor, act: str) -> Tensor:
+                if timing:
+                    met[name].add((w_gate.data_ptr(), x.data_ptr()))
+                return call(x, t, act)
+
+            return watched
+
+        return prepare
+
+    clock = op.seconds
+    monkeypatch.setattr(op, "seconds", lambda *a: timing.append(1) or clock(*a))
+    run_op(sparsities=sparsities, rounds=47, peers={n: watcher(n) for n in met})
+    for seen in met.values():
+        layers, inputs = ({pair[i] for pair in seen} for i in (0, 1))
+        assert len(inputs) == op.INPUTS
+        assert len(layers) == len(op._Setup(*SMALL).layers)
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_torch_skips_no_bytes() -> None:
+    assert [r.bytes_skipped for r in run_op(backend="torch", rounds=1)] == [0, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -288,6 +325,23 @@ def test_decode_rows(sparse_model: Any) -> None:
     assert found[2].limit == pytest.approx(bandwidth / (total - found[2].bytes_skipped * mlp))
     best = max(found[0].p50, found[1].p50)
     assert found[2].vs_dense == pytest.approx(found[2].p50 / best)
+
+
+def test_the_model_is_left_as_it_was(sparse_model: Any) -> None:
+    catsparse.set_backend(sparse_model, "c", down_copy=False)
+    module = sparse_model.model.layers[0].mlp
+    before = (module.catsparse_threshold, module.catsparse_mean, catsparse.explain(sparse_model))
+    bench.bench_decode(sparse_model, "tiny", [0.9], PROMPT, 2, rounds=1)
+    after = (module.catsparse_threshold, module.catsparse_mean, catsparse.explain(sparse_model))
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    assert before[2] == after[2]
+
+
+def test_experts_have_no_known_byte_limit(sparse_model: Any) -> None:
+    sparse_model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(CatsparseError, match="expert weights"):
+        bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 4, rounds=1)
 
 
 def test_intervals_leave_the_prompt_out(sparse_model: Any) -> None:

@@ -143,7 +143,10 @@ def test_info_of_artifact_and_of_dense_model(
     code, text, _ = run(capsys, "info", artifact, "--json")
     assert code == 0
     assert json.loads(text)["method"] == "energy"
-    assert "model.layers.0.mlp" in run(capsys, "info", artifact)[1]
+    assert set(json.loads(text)["decode"]) == {"float32", "bfloat16", "float16"}
+    shown = run(capsys, "info", artifact)[1]
+    assert "model.layers.0.mlp" in shown
+    assert "decode here in bfloat16: by " in shown
     assert "dense gated MLP (silu)" in run(capsys, "info")[1]
 
 

@@ -21,7 +21,7 @@ from .config import (
     check_choice,
 )
 from .errors import CatsparseError
-from .kernels import Backend, choose_backend
+from .kernels import Backend, Choice, choose_backend
 from .methods import SiteThreshold
 from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from .observation import require_sites
@@ -144,10 +144,11 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
         for name, module in modules.items():
             weight = next(module.parameters())
             choice = choose_backend(asked, weight.device, weight.dtype)
-            if choice.backend is not asked:
-                raise CatsparseError(
-                    f"{name} cannot run the backend {backend}: {choice.reason}; use auto"
-                )
+            reason = None if choice.backend is asked else choice.reason
+            if asked is not Backend.TORCH:
+                reason = module.why_not_raw() or reason
+            if reason is not None:
+                raise CatsparseError(f"{name} cannot run the backend {backend}: {reason}; use auto")
     for module in modules.values():
         module.set_backend(asked, down_copy)
 
@@ -210,6 +211,22 @@ def explain(model: nn.Module) -> str:
     return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
 
 
+def decode_paths() -> dict[str, str]:
+    """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    choices = {
+        str(d).removeprefix("torch."): choose_backend(Backend.AUTO, device, d) for d in dtypes
+    }
+    return {name: _words(choice) for name, choice in choices.items()}
+
+
+def _words(choice: Choice) -> str:
+    if not choice.kernel_tokens:
+        return f"torch, dense matmuls ({choice.reason})"
+    return f"the {choice.backend.value} kernel ({choice.reason})"
+
+
 def _path(module: SparseMLP) -> str:
     reason = module.why_not_raw()
     if reason is not None:
@@ -217,13 +234,13 @@ def _path(module: SparseMLP) -> str:
     weight = next(module.parameters())
     choice = choose_backend(module.catsparse_backend, weight.device, weight.dtype)
     if not choice.kernel_tokens:
-        return f"torch, dense matmuls ({choice.reason})"
+        return _words(choice)
     skipped = (
         "kept rows of up and down"
         if module.catsparse_down_copy
         else "kept rows of up, all of down (no copy)"
     )
-    return f"the {choice.backend.value} kernel ({choice.reason}), reading {skipped}"
+    return f"{_words(choice)}, reading {skipped}"
 
 
 def base_model_of(model: Any) -> BaseModel | None:

@@ -30,11 +30,13 @@ class Row:
     Attributes:
         what: ``op`` (times in microseconds) or ``decode`` (tokens/s).
         name: shape, config or model.
-        impl: ``dense`` (torch), ``catsparse``, or a peer's name. catsparse at sparsity 0 is our
-            kernel keeping every neuron.
+        impl: ``dense`` (torch), ``catsparse``, or a peer's name. catsparse at sparsity 0 keeps
+            every neuron, by our kernel where the backend chose it.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
         tokens: tokens a call.
-        sparsity: fraction of neurons dropped. bytes_skipped: fraction of the MLP's weight bytes.
+        sparsity: fraction of neurons dropped.
+        bytes_skipped: fraction of the MLP's weight bytes that is not read; 0 where torch's dense
+            matmuls serve the call. For a peer: what it might have skipped.
         p20, p50, p80: order statistics over the rounds.
         limit: what reading the bytes alone would take at the bandwidth probed in the run.
         of_limit: time over limit (op) or rate over limit (decode).

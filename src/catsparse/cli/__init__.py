@@ -70,7 +70,3 @@ def main() -> NoReturn:
         err.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if known else 1)
     sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

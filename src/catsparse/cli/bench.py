@@ -61,6 +61,7 @@ def op(
     from ..bench.op import index_select, load_peer
     from ..bench.rows import parse_dtype
 
+    _make_folder(output)
     sizes = find_shape(shape)
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
     wanted, counts = _sparsities(sparsity), _counts(tokens)
@@ -92,7 +93,7 @@ def decode(
         str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint says.")
     ] = "auto",
     sparsity: Sparsities = "0.5,0.7",
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 32,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=2)] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
     device: Device = None,
     rounds: Rounds = 5,
@@ -108,6 +109,7 @@ def decode(
 
     if (model is None) == (config is None):
         raise CatsparseError("name either a MODEL or a shape with --config")
+    _make_folder(output)
     wanted = _sparsities(sparsity)
     where = _device(device, threads)
     if config is not None:
@@ -143,9 +145,11 @@ def _random(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any
     shape = find_shape(name)
     err.print(f"making random weights of the shape {name} and calibrating them", style="dim")
     model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
-    ids = torch.randint(shape.vocab, (5, 128), generator=torch.Generator().manual_seed(0))
-    calibration = calibrate(model, ids[:4], data_name="random tokens", progress=False)
-    return sparsify(model, calibration), ids[4:, :prompt_tokens]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape.vocab, (4, 128), generator=generator)
+    calibration = calibrate(model, ids, data_name="random tokens", progress=False)
+    prompt = torch.randint(shape.vocab, (1, prompt_tokens), generator=generator)
+    return sparsify(model, calibration), prompt
 
 
 def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
@@ -162,6 +166,14 @@ def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, 
         None, "heldout", tokenizer, prompt_tokens, prompt_tokens, None, "text"
     )
     return model, prompt[:1]
+
+
+def _make_folder(path: Path) -> None:
+    """Before anything is measured, not after."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CatsparseError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def _sparsities(text: str) -> list[float]:

@@ -12,7 +12,7 @@ from .common import Json, Model, out, print_json
 def info(model: Model = "default", json: Json = False) -> None:
     """What is in a sparse folder, or which gated MLPs a dense model has (no weights are read)."""
     from .. import hub
-    from ..surgery import explain
+    from ..surgery import decode_paths, explain
 
     if not hub.is_artifact(model):
         skeleton = hub.load_skeleton(model)
@@ -24,9 +24,10 @@ def info(model: Model = "default", json: Json = False) -> None:
             out.print("\n".join(lines), highlight=False)
         return
     config, _, calibration = hub.read_artifact(model)
+    paths = decode_paths()
     if json:
         described = json_module.loads(config.to_json())
-        print_json(described | {"bytes_skipped": config.bytes_skipped})
+        print_json(described | {"bytes_skipped": config.bytes_skipped, "decode": paths})
         return
     base, origin = config.base_model, config.calibration
     out.print(
@@ -55,3 +56,5 @@ def info(model: Model = "default", json: Json = False) -> None:
             f"{site.sparsity:.1%}",
         )
     out.print(table)
+    for dtype, path in paths.items():
+        out.print(f"decode here in {dtype}: by {path}", highlight=False, soft_wrap=True)

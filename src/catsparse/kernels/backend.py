@@ -21,9 +21,10 @@ class Backend(str, Enum):
     TRITON = "triton"
 
 
-# The most tokens for which the C kernel beats torch's dense matmuls even if nothing is dropped:
-# several tokens together keep most neurons. Measured by `catsparse bench op` (docs/speed.md).
-AUTO_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+# The most tokens for which the C kernel beats torch's dense matmuls even if little is dropped:
+# several tokens together keep most neurons. Measured by `catsparse bench op` (docs/speed.md, which
+# names the one exception, small fp16 layers that drop nothing).
+AUTO_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16}
 
 
 @dataclass(frozen=True)

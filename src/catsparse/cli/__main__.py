@@ -1,0 +1,5 @@
+"""``python -m catsparse.cli``."""
+
+from . import main
+
+main()
