@@ -13,11 +13,11 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, explain, set_backend
 from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
-from catsparse.kernels.backend import AUTO_TOKENS, Choice
+from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice
 from catsparse.kernels.build import Library
 from catsparse.modules import sparse_modules
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SITES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 START = "sparse, per-neuron thresholds, compensated; decode by "
 
@@ -88,17 +88,52 @@ def test_where_there_is_no_kernel(asked: Backend) -> None:
 
 
 def test_triton_runs_on_gpus_only_and_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_backend(Backend.TRITON, CPU, torch.float32).backend is Backend.TORCH
-    cuda = torch.device("cuda")
-    assert "experimental" not in choose_backend(Backend.TRITON, cuda, torch.bfloat16).reason
-    monkeypatch.setattr(backend, "why_not_triton", lambda device: None)
-    assert choose_backend(Backend.TRITON, cuda, torch.bfloat16) == Choice(
-        Backend.TRITON, 4, "asked for"
+    assert choose_backend(Backend.TRITON, CPU, torch.float32) == Choice(
+        Backend.TORCH, 0, "no kernel for cpu"
     )
-    for other in (Backend.AUTO, Backend.C):
-        choice = choose_backend(other, cuda, torch.bfloat16)
-        assert (choice.backend, choice.kernel_tokens) == (Backend.TORCH, 0)
-        assert "experimental" in choice.reason
+    for name in ("why_not_triton", "why_not_cuda"):
+        monkeypatch.setattr(backend, name, lambda device: None)
+    assert choose_backend(Backend.TRITON, CUDA, torch.bfloat16) == Choice(
+        Backend.TRITON, MAX_OP_TOKENS, "asked for"
+    )
+    assert choose_backend(Backend.AUTO, CUDA, torch.bfloat16).backend is Backend.CUDA
+
+
+def test_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend(Backend.CUDA, CPU, torch.float32) == Choice(
+        Backend.TORCH, 0, "no kernel for cpu"
+    )
+    monkeypatch.setattr(backend, "why_not_cuda", lambda device: None)
+    assert choose_backend(Backend.CUDA, CUDA, torch.float16) == Choice(
+        Backend.CUDA, MAX_OP_TOKENS, "asked for"
+    )
+    for dtype, tokens in AUTO_TOKENS_CUDA.items():
+        reason = f"faster than torch up to {tokens} tokens"
+        assert choose_backend(Backend.AUTO, CUDA, dtype) == Choice(Backend.CUDA, tokens, reason)
+    for asked in (Backend.AUTO, Backend.CUDA):
+        choice = choose_backend(asked, CUDA, torch.float64)
+        assert choice == Choice(Backend.TORCH, 0, "no kernel for float64")
+    assert choose_backend(Backend.C, CUDA, torch.float32) == Choice(
+        Backend.TORCH, 0, "no kernel for cuda"
+    )
+
+
+def test_sizes_that_the_cuda_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "why_not_cuda", lambda device: None)
+    seen = []
+    monkeypatch.setattr(backend, "why_not_sizes", lambda *sizes: seen.append(sizes) or "too odd")
+    for asked in (Backend.AUTO, Backend.CUDA):
+        choice = choose_backend(asked, CUDA, torch.bfloat16, (9, 5, 9))
+        assert choice == Choice(Backend.TORCH, 0, "too odd")
+    assert seen == [(CUDA, torch.bfloat16, 9, 5, 9)] * 2
+
+
+def test_a_gpu_without_the_kernel_decodes_in_torch() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("torch was built with CUDA")
+    for asked in (Backend.AUTO, Backend.CUDA, Backend.TRITON):
+        choice = choose_backend(asked, CUDA, torch.bfloat16)
+        assert choice == Choice(Backend.TORCH, 0, "torch was built without CUDA")
 
 
 @pytest.mark.parametrize("asked", [Backend.AUTO, Backend.C, Backend.TORCH])
@@ -208,7 +243,7 @@ def test_one_layer_that_cannot_run_it(sparse_llama: Any) -> None:
     assert sparse_llama.model.layers[0].mlp.catsparse_backend is Backend.AUTO
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "C", "cpu"])
+@pytest.mark.parametrize("name", ["gpu", "", "C", "cpu"])
 def test_unknown_backend(sparse_llama: Any, name: str) -> None:
     with pytest.raises(CatsparseError, match="auto, torch, c") as caught:
         set_backend(sparse_llama, name)

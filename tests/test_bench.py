@@ -200,7 +200,7 @@ def test_every_variant_meets_every_layer_and_input(
     for seen in met.values():
         layers, inputs = ({pair[i] for pair in seen} for i in (0, 1))
         assert len(inputs) == op.INPUTS
-        assert len(layers) == len(op._Setup(*SMALL).layers)
+        assert len(layers) == len(op.Setup(*SMALL).layers)
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -212,10 +212,10 @@ def test_torch_skips_no_bytes() -> None:
 def test_nothing_is_made_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transposed copy is made at a layer's first call: never in a timed one."""
     made: list[bool] = []
-    setups: list[op._Setup] = []
-    init, clock = op._Setup.__init__, op.seconds
+    setups: list[op.Setup] = []
+    init, clock = op.Setup.__init__, op.seconds
 
-    def remember(self: op._Setup, *arguments: Any) -> None:
+    def remember(self: op.Setup, *arguments: Any) -> None:
         init(self, *arguments)
         setups.append(self)
 
@@ -223,7 +223,7 @@ def test_nothing_is_made_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -
         made.extend(m._catsparse_down_t is not None for m in setups[0].modules)
         return clock(work, device)
 
-    monkeypatch.setattr(op._Setup, "__init__", remember)
+    monkeypatch.setattr(op.Setup, "__init__", remember)
     monkeypatch.setattr(op, "seconds", watch)
     run_op(rounds=1)
     assert made
@@ -241,13 +241,13 @@ def test_layers_exceed_the_cache_even_if_only_gates_are_read(
 ) -> None:
     monkeypatch.setattr(op, "last_level_cache", lambda device: 100_000)
     shape = bench.find_shape("40,72")
-    setup = op._Setup(shape, torch.float32, 1, CPU, "auto", True)
+    setup = op.Setup(shape, torch.float32, 1, CPU, "auto", True)
     assert len(setup.layers) * 40 * 72 * 4 >= 2 * 100_000
 
 
 @pytest.mark.usefixtures("small_cache")
 def test_thresholds_drop_the_share_asked_for() -> None:
-    setup = op._Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True)
+    setup = op.Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True)
     for s in (0.25, 0.5, 0.9):
         for gate, threshold in zip(setup.gates, setup.thresholds(s), strict=True):
             assert float((gate <= threshold).float().mean()) == pytest.approx(s, abs=0.005)

@@ -134,7 +134,9 @@ def test_nothing_is_left_behind(
     assert all(m.catsparse_counter is None for m in sparse_modules(sparse_llama).values())
     calls = []
     op = sparse_forward.gated_mlp
-    monkeypatch.setattr(sparse_forward, "gated_mlp", lambda *a: calls.append(1) or op(*a))
+    monkeypatch.setattr(
+        sparse_forward, "gated_mlp", lambda *a, **options: calls.append(1) or op(*a, **options)
+    )
     tiny.logits(sparse_llama, tiny.SHORT)
     assert len(calls) == 2  # decode is back on the op
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -92,11 +93,11 @@ class SparseMLP(nn.Module):
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
         few = 0 if choice is None else choice.kernel_tokens
-        if few and x.numel() <= few * x.shape[-1]:
-            op = gated_mlp
+        if choice is not None and few and x.numel() <= few * x.shape[-1]:
+            op = partial(gated_mlp, backend=choice.backend.value)
             if self.catsparse_down_copy:
                 down_t = self._catsparse_down_t
-                if down_t is None and not torch.compiler.is_compiling():
+                if down_t is None and _may_copy(w_down):
                     down_t = self._catsparse_down_t = w_down.detach().t().contiguous()
                 if down_t is not None:
                     w_down_t = down_t
@@ -188,7 +189,7 @@ class SparseMLP(nn.Module):
             return
         weight: Tensor = getattr(self, self.site_down).weight
         key = _version(weight)
-        choice = choose_backend(self.catsparse_backend, weight.device, weight.dtype)
+        choice = self.choose_backend(self.catsparse_backend)
         bias = None
         if self.catsparse_mean is not None:
             mean = self.catsparse_mean.to(weight.device)
@@ -197,6 +198,13 @@ class SparseMLP(nn.Module):
         # The key last, and nothing None in between: other threads may be decoding.
         self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
         self._catsparse_key = key
+
+    def choose_backend(self, asked: Backend) -> Choice:
+        """What this layer would run if ``asked`` to; its weights must be readable."""
+        weight: Tensor = getattr(self, self.site_down).weight
+        columns, neurons = weight.shape
+        hidden: int = getattr(self, self.site_gate).weight.shape[1]
+        return choose_backend(asked, weight.device, weight.dtype, (hidden, neurons, columns))
 
     def set_backend(self, backend: Backend, down_copy: bool) -> None:
         """Choose how few-token calls run; see :func:`catsparse.set_backend`."""
@@ -325,6 +333,13 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
 def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
     cls = sparse_class(dense, parts)
     return cls.__new__(cls)
+
+
+def _may_copy(weight: Tensor) -> bool:
+    """Not while a graph is made: a copy would be captured instead of done."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _version(weight: Tensor) -> _Key:

@@ -126,8 +126,8 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
     Args:
         model: a sparse model.
         backend: ``auto``, ``torch`` (dense matmuls, results bit-equal to dense at sparsity 0),
-            ``c`` (the CPU kernel for every decode call) or ``triton`` (NVIDIA GPUs, calls of up
-            to 4 tokens; experimental).
+            ``c`` (the CPU kernel for every decode call), ``cuda`` (the kernel for NVIDIA GPUs
+            from Hopper on) or ``triton`` (any recent NVIDIA GPU; slower).
         down_copy: let the kernel keep a transposed copy of each down projection (a third of the
             MLPs' memory, made at the first decode). Without it only rows of the up projection are
             skipped, half of what could be.
@@ -142,11 +142,10 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
     asked = Backend(backend)
     if asked is not Backend.AUTO:
         for name, module in modules.items():
-            weight = next(module.parameters())
-            choice = choose_backend(asked, weight.device, weight.dtype)
-            reason = None if choice.backend is asked else choice.reason
-            if asked is not Backend.TORCH:
-                reason = module.why_not_raw() or reason
+            reason = None if asked is Backend.TORCH else module.why_not_raw()
+            if reason is None and asked is not Backend.TORCH:
+                choice = module.choose_backend(asked)
+                reason = None if choice.backend is asked else choice.reason
             if reason is not None:
                 raise CatsparseError(f"{name} cannot run the backend {backend}: {reason}; use auto")
     for module in modules.values():
@@ -231,8 +230,7 @@ def _path(module: SparseMLP) -> str:
     reason = module.why_not_raw()
     if reason is not None:
         return f"masked children ({reason})"
-    weight = next(module.parameters())
-    choice = choose_backend(module.catsparse_backend, weight.device, weight.dtype)
+    choice = module.choose_backend(module.catsparse_backend)
     if not choice.kernel_tokens:
         return _words(choice)
     skipped = (

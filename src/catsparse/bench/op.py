@@ -1,4 +1,8 @@
-"""``bench op``: one gated MLP with cold caches, dense and sparse interleaved in one run."""
+"""``bench op``: one gated MLP with cold caches, dense and sparse interleaved in one run.
+
+On a CPU each call is timed by the clock. On a GPU calls on all layers are one CUDA graph, whose
+replay is timed by events and divided by the calls, since launches would cost more than the work.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from ..kernels import ACTIVATIONS, gated_mlp_reference
 from ..modules import SparseMLP, add_sparsity
 from ..sites import find_sites
 from ..surgery import set_backend
+from .gpu import capture, gpu_seconds
 from .rows import (
     TOLERANCE,
     Probe,
@@ -34,6 +39,7 @@ from .shapes import Shape
 
 INPUTS = 8  # different inputs, each with every layer in turn
 MAX_LAYERS = 256
+GRAPH_CALLS = 24  # at least
 
 # A peer: (w_gate [I, H], w_up [I, H], w_down [H, I]) -> call(x [T, H], threshold, act) -> y.
 Peer = Callable[[Tensor, Tensor, Tensor], Callable[[Tensor, Tensor, str], Tensor]]
@@ -101,8 +107,10 @@ def bench_op(
         CatsparseError: a variant disagrees with the reference, the shape is too small to be kept
             out of the caches, or the backend cannot run.
     """
-    setup = _Setup(shape, dtype, tokens, device, backend, down_copy)
+    setup = Setup(shape, dtype, tokens, device, backend, down_copy)
     variants = [Variant("dense", 0.0, setup.dense)]
+    if device.type == "cuda":
+        variants.append(Variant("dense_compiled", 0.0, setup.dense_compiled()))
     variants += [
         Variant("catsparse", s, setup.sparse(s), setup.bytes_skipped(s) * setup.runs_kernel)
         for s in sorted({0.0, *sparsities})
@@ -116,12 +124,10 @@ def bench_op(
             for layer in range(len(setup.layers)):  # whatever is made at first use, is made here
                 variant.call(layer, setup.inputs[0])
         probe = Probe(device)
+        take = _graph_timer(setup, variants) if device.type == "cuda" else _timer(setup, variants)
         for round_number in range(rounds + 1):
-            x = setup.inputs[round_number % INPUTS]
             for place, variant in enumerate(variants):
-                # Neighbouring calls never share a layer, and every variant meets them all.
-                layer = (place + round_number * _stride(variants, setup)) % len(setup.layers)
-                took = seconds(lambda v=variant, i=layer, x=x: v.call(i, x), device)  # type: ignore[misc]
+                took = take(place, round_number)
                 if round_number:  # the first round warms up
                     variant.seconds.append(took)
             probe.measure()
@@ -129,7 +135,33 @@ def bench_op(
     return _rows(setup, variants, probe)
 
 
-class _Setup:
+def _timer(setup: Setup, variants: Sequence[Variant]) -> Callable[[int, int], float]:
+    """(place of a variant, round) -> seconds of one call, by the clock."""
+    count = len(setup.layers)
+
+    def take(place: int, round_number: int) -> float:
+        # Neighbouring calls never share a layer, and every variant meets them all.
+        layer = (place + round_number * _stride(variants, setup)) % count
+        x, call = setup.inputs[round_number % INPUTS], variants[place].call
+        return seconds(lambda: call(layer, x), setup.device)
+
+    return take
+
+
+def _graph_timer(setup: Setup, variants: Sequence[Variant]) -> Callable[[int, int], float]:
+    """(place of a variant, round) -> seconds of a call, from a graph of calls on every layer."""
+    count = len(setup.layers)
+    calls = -(-max(GRAPH_CALLS, count) // count) * count
+
+    def work(variant: Variant) -> None:
+        for number in range(calls):
+            variant.call(number % count, setup.inputs[number % INPUTS])
+
+    graphs = [capture(lambda v=v: work(v), v.impl) for v in variants]  # type: ignore[misc]
+    return lambda place, _: gpu_seconds(graphs[place].replay) / calls
+
+
+class Setup:
     """Layers that exceed the caches, inputs, thresholds and the calls on them."""
 
     def __init__(
@@ -190,6 +222,20 @@ class _Setup:
         module.catsparse_enabled = False
         return module(x)  # type: ignore[no-any-return]
 
+    def dense_compiled(self) -> Callable[[int, Tensor], Tensor]:
+        """Gate and up in one matrix, compiled: what dense can do at best on a GPU."""
+        fused = [torch.cat(self.weights(i)[:2]) for i in range(len(self.layers))]
+        down = [self.weights(i)[2] for i in range(len(self.layers))]
+        activation = ACTIVATIONS[self.shape.act]
+
+        def mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+            gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
+            return F.linear(activation(gate) * up, w_down)
+
+        torch.compiler.reset()  # each shape its own graph, never one for them all
+        compiled = torch.compile(mlp, dynamic=False)
+        return lambda layer, x: compiled(x, fused[layer], down[layer])
+
     def sparse(self, sparsity: float) -> Callable[[int, Tensor], Tensor]:
         thresholds = self.thresholds(sparsity)
 
@@ -203,10 +249,10 @@ class _Setup:
 
     def peer(self, peer: Peer, sparsity: float) -> Callable[[int, Tensor], Tensor]:
         thresholds = self.thresholds(sparsity)
-        calls = [peer(*self._weights(layer)) for layer in range(len(self.layers))]
+        calls = [peer(*self.weights(layer)) for layer in range(len(self.layers))]
         return lambda layer, x: calls[layer](x, thresholds[layer], self.shape.act)
 
-    def _weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         weights = self.modules[layer].raw_weights(self.dtype)
         assert weights is not None
         gate, up, down = weights
@@ -226,7 +272,7 @@ class _Setup:
             y = variant.call(0, x).float()
             errors = []
             for dtype in {torch.float32, self.dtype}:
-                gate, up, down = (w.to(dtype) for w in self._weights(0))
+                gate, up, down = (w.to(dtype) for w in self.weights(0))
                 arguments = (x.to(dtype), gate, up, down.t(), threshold, self.shape.act)
                 truth = gated_mlp_reference(*arguments).float()
                 errors.append(float((y - truth).abs().max() / truth.abs().max()))
@@ -239,7 +285,7 @@ class _Setup:
         return worst
 
 
-def _stride(variants: list[Variant], setup: _Setup) -> int:
+def _stride(variants: Sequence[Variant], setup: Setup) -> int:
     """Layers from one round's first call to the next's: coprime to their number."""
     count = len(setup.layers)
     return next(n for n in itertools.count(len(variants)) if math.gcd(n, count) == 1)
@@ -255,8 +301,8 @@ def _gap(values: Tensor, sparsity: float) -> Tensor:
     return (near[at] + near[at + 1]) / 2
 
 
-def _rows(setup: _Setup, variants: list[Variant], probe: Probe) -> list[Row]:
-    device, own = setup.device, {"dense": 0.0, "catsparse": 0.0}
+def _rows(setup: Setup, variants: list[Variant], probe: Probe) -> list[Row]:
+    device, own = setup.device, {"dense": 0.0, "dense_compiled": 0.0, "catsparse": 0.0}
     medians = [(v, quantiles([1e6 * s for s in v.seconds])) for v in variants]
     best = min(q[1] for v, q in medians if own.get(v.impl) == v.sparsity)
     rows = []

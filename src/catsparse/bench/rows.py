@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import CatsparseError
+from .gpu import ReadKernel, gpu_seconds
 
 PROBE_BYTES = 256 * 2**20
+GPU_PROBE_BYTES = 2**32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference to the reference over its largest value; reduced precision also moves
 # activations that lie next to the threshold across it.
@@ -30,7 +33,8 @@ class Row:
     Attributes:
         what: ``op`` (times in microseconds) or ``decode`` (tokens/s).
         name: shape, config or model.
-        impl: ``dense`` (torch), ``catsparse``, or a peer's name. catsparse at sparsity 0 keeps
+        impl: ``dense`` (torch), ``dense_compiled`` (gate and up in one matrix, torch.compile; GPUs
+            only), ``catsparse``, or a peer's name. catsparse at sparsity 0 keeps
             every neuron, by our kernel where the backend chose it.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
         tokens: tokens a call.
@@ -64,8 +68,8 @@ class Row:
     commit: str | None
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a jsonl file; rows of earlier runs stay."""
+def append_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Add rows (:class:`Row` or another dataclass) to a jsonl file; those there stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
@@ -97,19 +101,29 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 class Probe:
-    """Read bandwidth in bytes/s: the sum of a tensor far larger than any cache."""
+    """Read bandwidth in bytes/s: a pass over data far larger than any cache.
+
+    On a CPU torch's sum, on a GPU a kernel that only reads.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._data = torch.ones(PROBE_BYTES // 4, device=device)
         self._seconds: list[float] = []
+        self._take: Callable[[], float]
+        if device.type == "cuda":
+            self.size = GPU_PROBE_BYTES
+            read = ReadKernel(device, self.size)
+            self._take = lambda: gpu_seconds(read)
+        else:
+            self.size = PROBE_BYTES
+            data = torch.ones(self.size // 4, device=device)
+            self._take = lambda: seconds(data.sum, device)
 
     def measure(self) -> None:
-        self._seconds.append(seconds(self._data.sum, self.device))
+        self._seconds.append(self._take())
 
     @property
     def bandwidth(self) -> float:
-        return PROBE_BYTES / statistics.median(self._seconds)
+        return self.size / statistics.median(self._seconds)
 
 
 def last_level_cache(device: torch.device) -> int:

@@ -26,7 +26,9 @@ Output = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(help="Rounds, each with every variant.", min=1)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)]
-Backend = Annotated[str, typer.Option(help="auto, torch, c or triton: see catsparse.set_backend.")]
+Backend = Annotated[
+    str, typer.Option(help="auto, torch, c, cuda or triton: see catsparse.set_backend.")
+]
 DownCopy = Annotated[
     bool, typer.Option(help="Let the kernel keep a transposed copy of the down projection.")
 ]
@@ -36,7 +38,7 @@ Plot = Annotated[bool, typer.Option("--plot", help="Also draw speed.png and spee
 @bench.command()
 def op(
     shape: Annotated[
-        str, typer.Option(help="A model's name (llama-2-7b ...) or H,I or H,I,ACT.")
+        str, typer.Option(help="Models' names (llama-2-7b,mistral-7b ...) or H,I or H,I,ACT.")
     ] = "llama-2-7b",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; several by commas.")] = (
         "float32"
@@ -62,7 +64,7 @@ def op(
     from ..bench.rows import parse_dtype
 
     _make_folder(output)
-    sizes = find_shape(shape)
+    sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
     wanted, counts = _sparsities(sparsity), _counts(tokens)
     where = _device(device, threads)
@@ -71,10 +73,11 @@ def op(
         for name in peer or []
     )
     rows = []
-    with _progress(len(dtypes) * len(counts) * (rounds + 1), "timing") as advance:
-        for kind, count in itertools.product(dtypes, counts):
+    cases = list(itertools.product(sizes, dtypes, counts))
+    with _progress(len(cases) * (rounds + 1), "timing") as advance:
+        for size, kind, count in cases:
             part = bench_op(
-                sizes, kind, wanted, count, where, rounds, backend, down_copy, peers, advance
+                size, kind, wanted, count, where, rounds, backend, down_copy, peers, advance
             )
             append_rows(output / "rows.jsonl", part)
             rows += part
@@ -133,6 +136,49 @@ def decode(
     _show(rows, output, plot, json)
 
 
+@bench.command()
+def tune(
+    shape: Annotated[
+        str, typer.Option(help="Models' names (llama-2-7b,mistral-7b ...) or H,I or H,I,ACT.")
+    ] = "mistral-7b",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; several by commas.")] = (
+        "bfloat16"
+    ),
+    sparsity: Sparsities = "0,0.5,0.9",
+    tokens: Annotated[str, typer.Option(help="Tokens a call, 1 to 4, as 1,2.")] = "1",
+    device: Device = None,
+    rounds: Rounds = 9,
+    output: Output = Path("out/bench"),
+    json: Json = False,
+) -> None:
+    """The CUDA kernel's plans (threads, rows, chunks) timed against the one its rule takes."""
+    from ..bench import append_rows, bench_tune, find_shape
+    from ..bench.rows import parse_dtype
+    from ..bench.tune import candidates
+
+    _make_folder(output)
+    sizes = [find_shape(name) for name in _names(shape)]
+    dtypes = [parse_dtype(name) for name in dtype.split(",")]
+    wanted, counts, where = _sparsities(sparsity), _counts(tokens), _device(device, None)
+    cases = list(itertools.product(sizes, dtypes, counts))
+    steps = sum(
+        len(candidates(size.hidden * kind.itemsize, count)) + rounds + 1
+        for size, kind, count in cases
+    )
+    rows = []
+    with _progress(steps, "tuning") as advance:
+        for size, kind, count in cases:
+            part = bench_tune(size, kind, wanted, count, where, rounds, advance)
+            append_rows(output / "rows.jsonl", part)
+            rows += part
+    if json:
+        print_json({"rows": [asdict(row) for row in rows]})
+        return
+    for _, group in itertools.groupby(rows, lambda row: (row.name, row.dtype, row.tokens)):
+        _print_plans(list(group))
+    print(output / "rows.jsonl")
+
+
 def _random(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
     import torch
 
@@ -166,6 +212,14 @@ def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, 
         None, "heldout", tokenizer, prompt_tokens, prompt_tokens, None, "text"
     )
     return model, prompt[:1]
+
+
+def _names(shape: str) -> list[str]:
+    """Several names by commas, or one shape H,I or H,I,ACT."""
+    from ..bench import SHAPES
+
+    names = shape.split(",")
+    return names if names[0] in SHAPES else [shape]
 
 
 def _make_folder(path: Path) -> None:
@@ -227,7 +281,7 @@ def _show(rows: list[Any], output: Path, plot: bool, json: bool) -> None:
     if json:
         print_json({"rows": [asdict(row) for row in rows]})
         return
-    for _, group in itertools.groupby(rows, lambda row: (row.dtype, row.tokens)):
+    for _, group in itertools.groupby(rows, lambda row: (row.name, row.dtype, row.tokens)):
         _print_table(list(group))
     for path in [output / "rows.jsonl", *plots]:
         print(path)
@@ -252,6 +306,33 @@ def _print_table(rows: list[Any]) -> None:
             *(row.impl, f"{row.sparsity:.0%}", f"{row.bytes_skipped:.1%}"),
             "{} ({}-{})".format(*(_short(scale * p) for p in (row.p50, row.p20, row.p80))),
             *(_short(scale * row.limit), f"{row.of_limit:.2f}", f"{row.vs_dense:.2f}x"),
+        )
+    out.print(table)
+
+
+def _print_plans(rows: list[Any]) -> None:
+    """Plans by their mean speed against the rule's; the rule's own and the eight best."""
+    first = rows[0]
+    plans: dict[tuple[int, ...], list[Any]] = {tuple(row.plan.values()): [] for row in rows}
+    for row in rows:
+        plans[tuple(row.plan.values())].append(row)
+    ordered = sorted(plans.values(), key=lambda part: -sum(row.vs_rule for row in part))
+    columns = [f"{row.sparsity:.0%}, µs" for row in ordered[0]]
+    table = Table(
+        *("threads", "rows", "chunks", *columns, "vs rule"),
+        title=f"tune {first.name}, {first.dtype}, {first.tokens} tokens, on {first.device}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for place, part in enumerate(ordered):
+        if place >= 8 and not part[0].rule:
+            continue
+        mean = sum(row.vs_rule for row in part) / len(part)
+        table.add_row(
+            *(str(value) for value in part[0].plan.values()),
+            *(_short(row.p50) for row in part),
+            f"{mean:.3f}x" + (" (the rule)" if part[0].rule else ""),
         )
     out.print(table)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .backend import Backend, Choice, choose_backend
 from .cpu import gated_mlp_cpu
+from .cuda import gated_mlp_cuda
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, masked_hidden
-from .triton import gated_mlp_cuda
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,12 +29,26 @@ __all__ = [
 torch.library.define(
     "catsparse::gated_mlp",
     "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold, str act, "
-    "Tensor? mean=None, Tensor? bias=None) -> Tensor",
+    "Tensor? mean=None, Tensor? bias=None, str backend='auto') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("catsparse::gated_mlp", "default", gated_mlp_reference)
 torch.library.impl("catsparse::gated_mlp", "cpu", gated_mlp_cpu)
 torch.library.impl("catsparse::gated_mlp", "cuda", gated_mlp_cuda)
+
+
+@torch.library.impl("catsparse::gated_mlp", "default")
+def _(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    return gated_mlp_reference(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
 
 
 @torch.library.register_fake("catsparse::gated_mlp")  # type: ignore[untyped-decorator]
@@ -47,6 +61,7 @@ def _(
     act: str,
     mean: Tensor | None = None,
     bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down_t.shape[1]))
 
@@ -60,6 +75,7 @@ def gated_mlp(
     act: str,
     mean: Tensor | None = None,
     bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sparse gated MLP: y = sum over kept i of (g_i u_i - mean_i) w_down_t[i] + bias.
 
@@ -76,10 +92,12 @@ def gated_mlp(
         act: ``silu``, ``gelu_tanh``, ``gelu`` or ``relu``.
         mean: ``[I]`` fp32, stands in for a dropped neuron's g_i u_i; give ``bias`` with it.
         bias: ``[H_out]`` fp32, w_down @ mean.
+        backend: which kernel runs if it takes the call: ``auto`` (the device's fastest) or
+            ``triton`` (on a GPU, instead of the CUDA kernel).
 
     Returns:
         ``[..., H_out]`` in x's dtype.
     """
     return torch.ops.catsparse.gated_mlp(  # type: ignore[no-any-return]
-        x, w_gate, w_up, w_down_t, threshold, act, mean, bias
+        x, w_gate, w_up, w_down_t, threshold, act, mean, bias, backend
     )

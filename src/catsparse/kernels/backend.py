@@ -8,8 +8,9 @@ from enum import Enum
 import torch
 
 from .cpu import DTYPES, cpu_library
+from .cuda import why_not_cuda, why_not_sizes
 from .reference import MAX_OP_TOKENS
-from .triton import MAX_TOKENS, why_not_triton
+from .triton import why_not_triton
 
 
 class Backend(str, Enum):
@@ -18,13 +19,15 @@ class Backend(str, Enum):
     AUTO = "auto"
     TORCH = "torch"
     C = "c"
+    CUDA = "cuda"
     TRITON = "triton"
 
 
-# The most tokens for which the C kernel beats torch's dense matmuls even if little is dropped:
+# The most tokens for which a kernel beats torch's dense matmuls even if little is dropped:
 # several tokens together keep most neurons. Measured by `catsparse bench op` (docs/speed.md, which
 # names the one exception, small fp16 layers that drop nothing).
 AUTO_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16}
+AUTO_TOKENS_CUDA = {torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
 
 
 @dataclass(frozen=True)
@@ -36,23 +39,49 @@ class Choice:
     reason: str
 
 
-def choose_backend(asked: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What a layer with weights of ``dtype`` on ``device`` runs; builds the kernel if needed."""
+def choose_backend(
+    asked: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] | None = None,
+) -> Choice:
+    """What a layer with weights of ``dtype`` on ``device`` runs; builds a CPU kernel if needed.
+
+    Args:
+        sizes: (H, I, H_out) of the layer, where they are known: not every kernel takes all.
+    """
     if asked is Backend.TORCH:
         return Choice(Backend.TORCH, 0, "asked for")
-    if asked is Backend.TRITON or device.type == "cuda":
-        reason = why_not_triton(device)
-        if reason is None and asked is Backend.TRITON:
-            return Choice(Backend.TRITON, MAX_TOKENS, "asked for")
-        return Choice(Backend.TORCH, 0, reason or "the triton kernel is experimental: ask for it")
+    if asked is Backend.TRITON:
+        return _asked_for(asked, why_not_triton(device))
+    if asked is Backend.CUDA or (asked is Backend.AUTO and device.type == "cuda"):
+        reason = why_not_cuda(device)
+        if reason is None and dtype not in AUTO_TOKENS_CUDA:
+            reason = _no_kernel(dtype)
+        if reason is None and sizes is not None:
+            reason = why_not_sizes(device, dtype, *sizes)
+        if asked is Backend.CUDA or reason is not None:
+            return _asked_for(Backend.CUDA, reason)
+        tokens = AUTO_TOKENS_CUDA[dtype]
+        return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens")
     if device.type != "cpu":
         return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")
     if dtype not in DTYPES:
-        return Choice(Backend.TORCH, 0, f"no kernel for {str(dtype).removeprefix('torch.')}")
+        return Choice(Backend.TORCH, 0, _no_kernel(dtype))
     library = cpu_library()
     if library.handle is None:
         return Choice(Backend.TORCH, 0, library.reason)
     if asked is Backend.C:
-        return Choice(Backend.C, MAX_OP_TOKENS, "asked for")
+        return _asked_for(Backend.C, None)
     tokens = AUTO_TOKENS[dtype]
     return Choice(Backend.C, tokens, f"faster than torch up to {tokens} tokens")
+
+
+def _asked_for(backend: Backend, reason: str | None) -> Choice:
+    if reason is not None:
+        return Choice(Backend.TORCH, 0, reason)
+    return Choice(backend, MAX_OP_TOKENS, "asked for")
+
+
+def _no_kernel(dtype: torch.dtype) -> str:
+    return f"no kernel for {str(dtype).removeprefix('torch.')}"

@@ -43,6 +43,7 @@ def gated_mlp_cpu(
     act: str,
     mean: Tensor | None = None,
     bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for CPU tensors, skipping what is dropped.
 

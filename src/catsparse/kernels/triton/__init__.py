@@ -58,8 +58,10 @@ def find_plan(block: int, tokens: int, dtype: torch.dtype) -> Plan:
 
 def why_not_triton(device: torch.device) -> str | None:
     """Why ``device`` cannot run the kernels; None if it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return f"no kernel for {device.type}"
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):

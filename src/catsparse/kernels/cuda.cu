@@ -1,0 +1,420 @@
+/* catsparse::gated_mlp on NVIDIA GPUs from Hopper on, for one to four tokens:
+ *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
+ *
+ * A block owns a slice of the neurons. One thread of it, the producer, asks the bulk copy engine
+ * for rows: the gate rows, then the up rows of kept neurons, then their rows of w_down_t. They come
+ * into a ring of stages in shared memory, so that tens of rows are under way all the time, whatever
+ * the other threads, the consumers, wait for. A consumer owns the same few columns of every row.
+ * Gate rows are decided in chunks: while the last chunk streams in, up rows of the first ones are
+ * asked for, so the stream does not stop at the decision.
+ *
+ * Each block writes a partial output; a second, small kernel adds them in order. There are no
+ * atomics: the bits of a result depend on the inputs and the number of blocks alone. Both kernels
+ * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
+ * results before they read or write anything.
+ *
+ * Built at run time (nvrtc.py, no headers) with these constants:
+ *   DTYPE    0 bf16, 1 fp16, 2 fp32      ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
+ *   TOKENS   tokens of a call at most    ROWS     rows of a stage, 1, 2, 4 ...
+ *   THREADS  consumers, whole warps      COLUMNS  16-byte pieces of a row that a consumer owns
+ *   CHUNKS   chunks of the decision      EVEN     whether rows are THREADS * COLUMNS pieces long
+ */
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if DTYPE == 2
+typedef float weight_t;
+#else
+typedef unsigned short weight_t;
+#endif
+
+#define SIZE ((int)sizeof(weight_t))
+#define VEC (16 / SIZE) /* elements of a piece */
+#define WARPS (THREADS / 32)
+#define PITCH (WARPS | 1) /* odd, so that rows of partial dots fall on different banks */
+#define TOKEN_BIT 24      /* of a list entry: below it the neuron, from it one bit a token */
+#define NEURON ((1 << TOKEN_BIT) - 1)
+#define MAX_STAGES 32
+#define ALL 0xffffffffu
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_METHOD __device__ __forceinline__
+
+/* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
+struct Problem {
+    const weight_t *x, *w_gate, *w_up, *w_down_t;
+    const float *threshold, *mean;
+    float *partial; /* [blocks, tokens, columns] */
+    long long gate_stride, up_stride, down_stride;
+    int tokens, hidden, neurons, columns, threshold_stride, capacity, pitch, stages;
+};
+
+/* ---- numbers ------------------------------------------------------------------------------- */
+
+DEVICE float half_to_float(u32 bits) {
+    float value;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+DEVICE void unpack(uint4 piece, float (&v)[VEC]) {
+    u32 word[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+#if DTYPE == 2
+        v[e] = __uint_as_float(word[e]);
+#elif DTYPE == 0
+        v[e] = __uint_as_float(e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16);
+#else
+        v[e] = half_to_float(e % 2 ? word[e / 2] >> 16 : word[e / 2] & 0xffffu);
+#endif
+    }
+}
+
+DEVICE weight_t round_to_weight(float value) {
+#if DTYPE == 2
+    return value;
+#else
+    weight_t rounded;
+#if DTYPE == 0
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+#endif
+    return rounded;
+#endif
+}
+
+DEVICE float activate(float z) {
+#if ACT == 0
+    return z / (1.0f + expf(-z));
+#elif ACT == 1 /* 0.5 z (1 + tanh(a)) = z / (1 + exp(-2 a)) */
+    return z / (1.0f + expf(-1.5957691216057308f * (z + 0.044715f * z * z * z)));
+#elif ACT == 2
+    return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
+#else
+    return z < 0.0f ? 0.0f : z; /* not fmaxf, which hides NaN */
+#endif
+}
+
+/* ---- barriers, copies, dependent launch ----------------------------------------------------- */
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE void barrier_init(u64 *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
+                 : "memory");
+}
+
+DEVICE void barrier_arrive(u64 *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+
+DEVICE void barrier_expect(u64 *b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void barrier_wait(u64 *b, u32 parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" ::"r"(shared_address(b)),
+                 "r"(parity)
+                 : "memory");
+}
+
+DEVICE void copy_row(char *to, const weight_t *from, u32 bytes, u64 *b, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
+                 : "memory");
+}
+
+/* All consumers, not the producer. */
+DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/* ---- the ring ------------------------------------------------------------------------------- */
+
+struct Ring {
+    char *data;
+    u64 *full, *empty;
+    int stages, pitch;
+    int stage = 0;
+    u32 parity = 0;
+
+    DEVICE_METHOD void advance() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+    DEVICE_METHOD char *rows() const { return data + stage * (ROWS * pitch); }
+    DEVICE_METHOD void wait_full() const { barrier_wait(full + stage, parity); }
+    DEVICE_METHOD void release() { /* by every thread of a warp */
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
+        advance();
+    }
+    /* The producer's: rows row_of(0) .. row_of(n - 1) into the next stage. */
+    template <class RowOf>
+    DEVICE_METHOD void fill(int n, u32 bytes, u64 policy, RowOf row_of) {
+        barrier_wait(empty + stage, parity ^ 1);
+        barrier_expect(full + stage, n * bytes);
+        for (int i = 0; i < n; i++)
+            copy_row(rows() + i * pitch, row_of(i), bytes, full + stage, policy);
+        advance();
+    }
+};
+
+/* ---- dot products --------------------------------------------------------------------------- */
+
+/* Sums over a warp with as few exchanges as can be; lane l gets that of value l / (32 / ROWS). */
+DEVICE float warp_sums(float (&v)[ROWS], int lane) {
+#pragma unroll
+    for (int n = ROWS / 2, off = 16; n >= 1; n /= 2, off /= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            bool upper = lane & off;
+            float mine = upper ? v[i + n] : v[i], other = upper ? v[i] : v[i + n];
+            v[i] = mine + __shfl_xor_sync(ALL, other, off);
+        }
+#pragma unroll
+    for (int off = 16 / ROWS; off >= 1; off /= 2) v[0] += __shfl_xor_sync(ALL, v[0], off);
+    return v[0];
+}
+
+/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last. */
+DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
+                     const float (&xs)[TOKENS][COLUMNS * VEC], float *dots) {
+    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    for (int k0 = first; k0 < last; k0 += ROWS) {
+        ring.wait_full();
+        const char *rows = ring.rows() + tid * 16;
+        float v[TOKENS][ROWS] = {};
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            if (!EVEN && (tid + c * THREADS) * VEC >= hidden) break;
+            uint4 piece[ROWS];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                piece[i] = *(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                float w[VEC];
+                unpack(piece[i], w);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) v[t][i] += w[e] * xs[t][c * VEC + e];
+            }
+        }
+        ring.release();
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            float sum = warp_sums(v[t], lane);
+            int k = k0 + lane / (32 / ROWS);
+            if (lane % (32 / ROWS) == 0 && k < last) dots[(k * TOKENS + t) * PITCH + warp] = sum;
+        }
+    }
+}
+
+DEVICE float dot_of(const float *dots, int k, int t) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += dots[(k * TOKENS + t) * PITCH + w];
+    return sum;
+}
+
+/* ---- the kernels ---------------------------------------------------------------------------- */
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+    gated_mlp(const __grid_constant__ Problem p) {
+    extern __shared__ __align__(128) char memory[];
+    __shared__ u64 full[MAX_STAGES], empty[MAX_STAGES], listed[CHUNKS];
+    __shared__ int upto[CHUNKS], warp_counts[CHUNKS][WARPS];
+    float *dots = (float *)(memory + p.stages * ROWS * p.pitch); /* [capacity, TOKENS, PITCH] */
+    float *hidden = dots + p.capacity * TOKENS * PITCH; /* [capacity, TOKENS]: g of kept, then h */
+    int *list = (int *)(hidden + p.capacity * TOKENS);  /* [capacity]: kept neurons, their tokens */
+
+    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    int first = (int)((long long)p.neurons * blockIdx.x / gridDim.x);
+    int count = (int)((long long)p.neurons * (blockIdx.x + 1) / gridDim.x) - first;
+    int chunk = ((count + CHUNKS - 1) / CHUNKS + ROWS - 1) / ROWS * ROWS;
+    Ring ring{memory, full, empty, p.stages, p.pitch};
+    launch_dependents();
+    if (tid == 0) {
+        for (int s = 0; s < p.stages; s++)
+            barrier_init(full + s, 1), barrier_init(empty + s, WARPS);
+        for (int c = 0; c < CHUNKS; c++) barrier_init(listed + c, THREADS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    wait_for_previous();
+
+    if (warp == WARPS) { /* ---- the producer ---- */
+        if (lane) return;
+        u64 policy;
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        u32 bytes = p.hidden * SIZE, down_bytes = p.columns * SIZE;
+        for (int k = 0; k < count; k += ROWS)
+            ring.fill(min(ROWS, count - k), bytes, policy,
+                      [&](int i) { return p.w_gate + (first + k + i) * p.gate_stride; });
+        int up = 0, kept = 0;
+        for (int c = 0; c < CHUNKS; c++) {
+            barrier_wait(listed + c, 0);
+            kept = upto[c];
+            /* A stage that the next chunk's neurons will fill up waits for them. */
+            for (; c + 1 < CHUNKS ? up + ROWS <= kept : up < kept; up += ROWS)
+                ring.fill(min(ROWS, kept - up), bytes, policy,
+                          [&](int i) { return p.w_up + (list[up + i] & NEURON) * p.up_stride; });
+        }
+        for (int k = 0; k < kept; k += ROWS)
+            ring.fill(min(ROWS, kept - k), down_bytes, policy,
+                      [&](int i) { return p.w_down_t + (list[k + i] & NEURON) * p.down_stride; });
+        return;
+    }
+
+    /* ---- the consumers ---- */
+    float bounds[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        int k = c * chunk + tid;
+        bool live = tid < chunk && k < count;
+        bounds[c] = live ? p.threshold[(first + k) * (long long)p.threshold_stride] : 0.0f;
+    }
+    float xs[TOKENS][COLUMNS * VEC];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (tid + c * THREADS) * VEC;
+            uint4 piece = {0, 0, 0, 0};
+            if (at < p.hidden && t < p.tokens) piece = *(const uint4 *)(p.x + t * p.hidden + at);
+            float v[VEC];
+            unpack(piece, v);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) xs[t][c * VEC + e] = v[e];
+        }
+
+    int kept = 0;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        int from = min(count, c * chunk), to = min(count, from + chunk);
+        dot_rows(ring, from, to, p.hidden, xs, dots);
+        consumers_sync();
+        /* Decide, a thread a neuron, and list the kept ones in order. */
+        int k = from + tid, entry = first + k;
+        bool live = k < to;
+        float g[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            g[t] = live ? activate(dot_of(dots, k, t)) : 0.0f;
+            bool keep = live && t < p.tokens && fabsf(g[t]) > bounds[c];
+            entry |= keep << (TOKEN_BIT + t);
+            if (!keep) g[t] = 0.0f;
+        }
+        u32 any = __ballot_sync(ALL, entry > NEURON);
+        if (lane == 0) warp_counts[c][warp] = __popc(any);
+        consumers_sync();
+        int place = kept + __popc(any & ((1u << lane) - 1));
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            int n = warp_counts[c][w];
+            if (w < warp) place += n;
+            kept += n;
+        }
+        if (entry > NEURON) {
+            list[place] = entry;
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = g[t];
+        }
+        if (tid == 0) upto[c] = kept;
+        barrier_arrive(listed + c);
+    }
+    /* The dots of up go where the gate's were: all have read those before the last barrier. */
+    dot_rows(ring, 0, kept, p.hidden, xs, dots);
+    consumers_sync();
+    for (int i = tid; i < kept * TOKENS; i += THREADS) {
+        int k = i / TOKENS, t = i % TOKENS, entry = list[k];
+        float h = hidden[i] * dot_of(dots, k, t);
+        if (p.mean && entry >> (TOKEN_BIT + t) & 1) h -= p.mean[entry & NEURON];
+        hidden[i] = h;
+    }
+    consumers_sync();
+
+    float out[TOKENS][COLUMNS * VEC] = {};
+    for (int k0 = 0; k0 < kept; k0 += ROWS) {
+        ring.wait_full();
+        const char *rows = ring.rows() + tid * 16;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            if (!EVEN && (tid + c * THREADS) * VEC >= p.columns) break;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                if (k0 + i >= kept) break; /* what lies there is an earlier row */
+                float w[VEC];
+                unpack(*(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16), w);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++) {
+                    float h = hidden[(k0 + i) * TOKENS + t];
+                    /* A token that drops the neuron takes nothing of it, not even infinity. */
+                    if (TOKENS > 1 && !(list[k0 + i] >> (TOKEN_BIT + t) & 1)) continue;
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) out[t][c * VEC + e] += h * w[e];
+                }
+            }
+        }
+        ring.release();
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        if (t >= p.tokens) break;
+        float *to = p.partial + ((long long)blockIdx.x * p.tokens + t) * p.columns;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (tid + c * THREADS) * VEC;
+            if (!EVEN && at >= p.columns) break;
+#pragma unroll
+            for (int e = 0; e < VEC; e += 4) {
+                const float *v = out[t] + c * VEC + e;
+                *(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    }
+}
+
+/* Sum of cuda.py. */
+struct Sum {
+    const float *partial, *bias;
+    weight_t *y;
+    int parts, tokens, columns;
+};
+
+/* 32 columns a block of 256 threads: 8 lanes of 4 columns, 32 partial outputs at a time. */
+extern "C" __global__ void __launch_bounds__(256) gated_mlp_sum(const __grid_constant__ Sum p) {
+    __shared__ float4 sums[32][8];
+    int lane = threadIdx.x % 8, row = threadIdx.x / 8;
+    int total = p.tokens * p.columns, at = blockIdx.x * 32 + lane * 4;
+    launch_dependents();
+    wait_for_previous();
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (at < total) {
+#pragma unroll 8
+        for (int i = row; i < p.parts; i += 32) {
+            float4 v = *(const float4 *)(p.partial + (long long)i * total + at);
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+    }
+    sums[row][lane] = sum;
+    __syncthreads();
+    int to = blockIdx.x * 32 + threadIdx.x;
+    if (threadIdx.x < 32 && to < total) {
+        const float *flat = (const float *)sums;
+        float y = p.bias ? p.bias[to % p.columns] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 32; i++) y += flat[i * 32 + threadIdx.x];
+        p.y[to] = round_to_weight(y);
+    }
+}

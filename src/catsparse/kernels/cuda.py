@@ -1,0 +1,333 @@
+"""``catsparse::gated_mlp`` on NVIDIA GPUs: which kernel takes a call, plans by shape, the launch.
+
+cuda.cu serves Hopper and later, for rows that are whole 16-byte pieces; what it does not take goes
+to the Triton kernels, and what those do not take to the torch reference. Nothing depends on the
+data but what is read, so calls can be captured in a CUDA graph, and sums have a fixed order, so
+results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
+from .reference import ACTIVATIONS, gated_mlp_reference
+from .triton import MAX_TOKENS as TRITON_TOKENS
+from .triton import _fits as fits_triton
+from .triton import gated_mlp_cuda as gated_mlp_triton
+from .triton import why_not_triton
+
+SOURCE = Path(__file__).with_name("cuda.cu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_PIECE = 16  # bytes
+_MAX_STAGES = 32  # cuda.cu's
+# Shared memory left to the second kernel, so that its blocks can wait beside the first one's.
+_LEFT = 8192
+_SUM_COLUMNS, _SUM_THREADS = 32, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How cuda.cu cuts up its work; found by ``catsparse bench tune`` (docs/kernels.md).
+
+    Attributes:
+        threads: consumers of a block. rows: rows of a stage. chunks: chunks of the decision.
+    """
+
+    threads: int
+    rows: int
+    chunks: int
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of cuda.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down_t")),
+        *((name, ctypes.c_void_p) for name in ("threshold", "mean", "partial")),
+        *((name, ctypes.c_longlong) for name in ("gate_stride", "up_stride", "down_stride")),
+        *((name, ctypes.c_int) for name in ("tokens", "hidden", "neurons", "columns")),
+        *((name, ctypes.c_int) for name in ("threshold_stride", "capacity", "pitch", "stages")),
+    ]
+
+
+class _Sum(ctypes.Structure):
+    """``Sum`` of cuda.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("partial", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("parts", "tokens", "columns")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Both kernels for one kind of call, and what follows from its sizes."""
+
+    main: Kernel
+    sum: Kernel
+    blocks: int
+    capacity: int
+    pitch: int
+    stages: int
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why ``device`` cannot run cuda.cu; None if it can."""
+    if device.type != "cuda":
+        return f"no kernel for {device.type}"
+    reason = why_not_nvrtc()
+    if reason is None and torch.cuda.get_device_capability(device) < (9, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 9.0"
+    return reason
+
+
+def group_size(row_bytes: int) -> int:
+    """Tokens of one launch at most: 4, fewer for long rows, as their sums stay in registers."""
+    return max(1, min(4, MOST_PIECES * _PIECE // row_bytes))
+
+
+def find_plan(row_bytes: int, tokens: int) -> Plan:
+    """The plan for rows of so many bytes and calls of 1, 2 or 4 tokens."""
+    pieces = -(-row_bytes // _PIECE)
+    # A consumer holds its columns of x and of the output for each token in registers.
+    most = 256 if pieces * tokens <= 1024 else 512
+    columns = -(-pieces // most)
+    threads = -(-pieces // (32 * columns)) * 32
+    return Plan(threads, rows=2 if pieces * tokens > 2048 else 4, chunks=3)
+
+
+def gated_mlp_cuda(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`catsparse.kernels.gated_mlp` for CUDA tensors, skipping what is dropped.
+
+    Calls of many tokens run in groups of four or fewer, each with its own union of masks.
+    """
+    arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+    run: Callable[..., Tensor]
+    if backend != "triton" and why_not_cuda(x.device) is None and _fits(*arguments):
+        group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
+    elif why_not_triton(x.device) is None and fits_triton(*arguments):
+        group, run = TRITON_TOKENS, gated_mlp_triton
+    else:
+        return gated_mlp_reference(*arguments)
+    groups = x.reshape(-1, x.shape[-1]).split(group)
+    parts = [run(rows, *arguments[1:]) for rows in groups]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(*x.shape[:-1], w_down_t.shape[1])
+
+
+def launch(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """cuda.cu on ``[T, H]``, T at most :func:`group_size`, by the rule's plan or another."""
+    tokens, hidden = x.shape
+    neurons, columns = w_down_t.shape
+    x, threshold = _aligned(x), threshold.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    most = tokens if tokens < 3 else 4
+    plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
+    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan)
+    partial = torch.empty(built.blocks, tokens * columns, dtype=torch.float32, device=x.device)
+    y = x.new_empty(tokens, columns)
+    problem = _Problem(
+        x.data_ptr(),
+        w_gate.data_ptr(),
+        w_up.data_ptr(),
+        w_down_t.data_ptr(),
+        threshold.data_ptr(),
+        None if mean is None else mean.data_ptr(),
+        partial.data_ptr(),
+        *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
+        tokens,
+        hidden,
+        neurons,
+        columns,
+        threshold.dim(),
+        built.capacity,
+        built.pitch,
+        built.stages,
+    )
+    total = _Sum(
+        partial.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        built.blocks,
+        tokens,
+        columns,
+    )
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        built.main.launch(built.blocks, problem, stream)
+        built.sum.launch(-(-tokens * columns // _SUM_COLUMNS), total, stream)
+    return y
+
+
+def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:
+    return max(w_gate.shape[1], w_down_t.shape[1]) * w_gate.element_size()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % _PIECE == 0 else x.clone()
+
+
+@functools.cache
+def _build(
+    device: torch.device,
+    dtype: torch.dtype,
+    act: str,
+    tokens: int,
+    hidden: int,
+    neurons: int,
+    columns: int,
+    plan: Plan,
+) -> _Built:
+    """Compile (once for equal constants), load, and lay out the shared memory."""
+    properties, limit = torch.cuda.get_device_properties(device), _shared_bytes(device)
+    blocks = min(properties.multi_processor_count, neurons)
+    capacity = -(-neurons // blocks)
+    row = max(hidden, columns) * dtype.itemsize
+    pieces = -(-row // _PIECE)
+    lists = _list_bytes(capacity, tokens, plan)
+    rows = plan.rows
+    while rows > 1 and _stages(limit, lists, rows * row) < 4:
+        rows //= 2
+    stages = _stages(limit, lists, rows * row)
+    # A chunk is decided by a thread a neuron, so it must not be larger than a block.
+    chunks = max(plan.chunks, -(-(capacity + rows) // (plan.threads - rows)))
+    each = -(-pieces // plan.threads)
+    constants = {
+        "DTYPE": DTYPES.index(dtype),
+        "ACT": _ACTIVATION_NUMBERS[act],
+        "TOKENS": tokens,
+        "THREADS": plan.threads,
+        "COLUMNS": each,
+        "ROWS": rows,
+        "CHUNKS": chunks,
+        "EVEN": int(hidden == columns and row == plan.threads * each * _PIECE),
+    }
+    defines = tuple((name, str(value)) for name, value in constants.items())
+    arch = f"sm_{properties.major}{properties.minor}"
+    module = load_module(compile_source(SOURCE, defines, arch), device)
+    shared = stages * rows * row + lists
+    return _Built(
+        find_kernel(module, "gated_mlp", plan.threads + 32, shared),
+        find_kernel(module, "gated_mlp_sum", _SUM_THREADS),
+        blocks,
+        capacity,
+        row,
+        stages,
+    )
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """What a block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _list_bytes(capacity: int, tokens: int, plan: Plan) -> int:
+    """Partial dots, hidden activations and the list of kept neurons: see cuda.cu."""
+    pitch = plan.threads // 32 | 1
+    return 4 * capacity * (tokens * pitch + tokens + 1)
+
+
+def _stages(limit: int, lists: int, stage: int) -> int:
+    return min(_MAX_STAGES, (limit - _LEFT - lists) // stage)
+
+
+def _fits(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    act: str,
+    mean: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Whether cuda.cu takes the call and every pointer it gets covers what it reads."""
+    if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
+        return False
+    neurons, hidden = w_gate.shape
+    columns = w_down_t.shape[1]
+    vectors = [(mean, neurons), (bias, columns)]
+    if threshold.dim():
+        vectors.append((threshold, neurons))
+    return (
+        x.dtype in DTYPES
+        and act in ACTIVATIONS
+        and x.shape[-1] == hidden
+        and x.numel() > 0
+        and 0 < neurons < 2**24
+        and columns > 0
+        and w_up.shape == w_gate.shape
+        and w_down_t.shape[0] == neurons
+        and all(w.dtype == x.dtype and w.device == x.device for w in (w_gate, w_up, w_down_t))
+        and all(_whole_pieces(w) for w in (w_gate, w_up, w_down_t))
+        and why_not_sizes(x.device, x.dtype, hidden, neurons, columns) is None
+        and all(
+            v.dtype == torch.float32 and v.shape == (n,) and v.device == x.device
+            for v, n in vectors
+            if v is not None
+        )
+        and threshold.dtype == torch.float32
+        and threshold.device == x.device
+    )
+
+
+def _whole_pieces(weight: Tensor) -> bool:
+    """Rows that the bulk copy engine takes: contiguous, and on 16-byte bounds."""
+    size = weight.element_size()
+    return (
+        (weight.stride(1) == 1 or weight.shape[1] == 1)
+        and weight.shape[1] * size % _PIECE == 0
+        and weight.stride(0) * size % _PIECE == 0
+        and weight.data_ptr() % _PIECE == 0
+    )
+
+
+@functools.cache
+def why_not_sizes(
+    device: torch.device, dtype: torch.dtype, hidden: int, neurons: int, columns: int
+) -> str | None:
+    """Why cuda.cu does not take weights of these sizes on ``device``; None if it does."""
+    row = max(hidden, columns) * dtype.itemsize
+    if hidden * dtype.itemsize % _PIECE or columns * dtype.itemsize % _PIECE:
+        return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
+    blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
+    capacity = -(-neurons // blocks)
+    tokens = group_size(row)
+    lists = _list_bytes(capacity, tokens, find_plan(row, tokens))
+    if row > MOST_PIECES * _PIECE or _stages(_shared_bytes(device), lists, row) < 3:
+        return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
+    return None

@@ -1,0 +1,161 @@
+"""Compile CUDA C at run time with NVRTC, which comes with torch, and launch it by the driver.
+
+Needs no compiler, no headers and no other package. A kernel takes one struct by value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Numbers of the driver's API.
+_LAUNCH_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel and its block size.
+
+    Attributes:
+        threads: threads a block. shared: bytes of dynamic shared memory a block.
+    """
+
+    function: ctypes.c_void_p
+    threads: int
+    shared: int
+
+    def launch(self, blocks: int, argument: ctypes.Structure, stream: int) -> None:
+        """Launch on a stream's handle; it may start before what is ahead of it has ended.
+
+        The kernel itself waits for that (griddepcontrol.wait) before it touches memory.
+
+        Raises:
+            RuntimeError: the driver refuses the launch.
+        """
+        early = _Attribute(_LAUNCH_EARLY, 0)
+        early.value[0] = 1
+        config = _Config(
+            *(blocks, 1, 1, self.threads, 1, 1, self.shared, stream),
+            ctypes.pointer(early),
+            1,
+        )
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None))
+
+
+@functools.cache
+def why_not_nvrtc() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    try:
+        _compiler()
+        _driver()
+    except OSError as error:
+        return f"{str(error).split(':')[0]} cannot be loaded"
+    return None
+
+
+@functools.cache
+def compile_source(source: Path, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
+    """The machine code of ``source`` with ``defines``, for ``arch`` (as ``sm_90``).
+
+    Raises:
+        RuntimeError: it does not compile; the message is the compiler's.
+    """
+    nvrtc = _compiler()
+    program = ctypes.c_void_p()
+    text = source.read_bytes()
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None):
+        raise RuntimeError("NVRTC cannot make a program")
+    try:
+        options = [
+            f"-arch={arch}",
+            "-std=c++17",
+            "-lineinfo",
+            *(f"-D{name}={value}" for name, value in defines),
+        ]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), array):
+            log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise RuntimeError(f"{source.name}: {log.decode(errors='replace').rstrip(chr(0))}")
+        return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def load_module(code: bytes, device: torch.device) -> ctypes.c_void_p:
+    """Load machine code on ``device``; it stays loaded. Safe while a CUDA graph is captured."""
+    driver, module = _driver(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes the context, if nothing has yet
+        mode = ctypes.c_int(_CAPTURE_RELAXED)
+        _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+        try:
+            _check(driver.cuModuleLoadData(ctypes.byref(module), code))
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    return module
+
+
+def find_kernel(module: ctypes.c_void_p, name: str, threads: int, shared: int = 0) -> Kernel:
+    """A kernel of a loaded module, for blocks of ``threads`` with ``shared`` dynamic bytes."""
+    function = ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    if shared:
+        _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))
+    return Kernel(function, threads, shared)
+
+
+def _fetch(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+@functools.cache
+def _compiler() -> ctypes.CDLL:
+    major = str(torch.version.cuda).split(".")[0]
+    windows = sys.platform == "win32"
+    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _check(result: int) -> None:
+    if result:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(message))
+        text = message.value.decode() if message.value else f"error {result}"
+        raise RuntimeError(f"the CUDA driver says: {text}")
