@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import catsparse
 from catsparse import hub
 from catsparse.data import load_windows
-from catsparse.kernels import cuda, gated_mlp
+from catsparse.kernels import ACTIVATIONS, cuda, gated_mlp
 from gpu_op import TOLERANCE, Case
 
 pytestmark = [
@@ -67,16 +68,39 @@ def test_against_fp64_and_repeatable_in_a_graph(
     for (name, threshold), compensated in itertools.product(
         case.thresholds().items(), (False, True)
     ):
-        y = case.call(threshold, compensated)
+        y = case.call(threshold, compensated, backend="cuda")
         assert y.dtype == case.dtype
         assert case.error(y, threshold, compensated) < TOLERANCE[case.dtype], (name, compensated)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = case.call(threshold, compensated)
+            captured = case.call(threshold, compensated, backend="cuda")
         for _ in range(3):
             captured.fill_(float("nan"))
             graph.replay()
             assert torch.equal(captured, y), (name, compensated)
+
+
+@pytest.mark.parametrize("tokens", [5, 16])
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_many_tokens_run_masked_matmuls(
+    dtype: torch.dtype, act: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    monkeypatch.setattr(cuda, "launch", None)
+    case = Case(dtype, 512, 701, 520, act, tokens)
+    gate, up, down = case.weights
+    # The decision is on the gate as the matmul rounds it.
+    g = ACTIVATIONS[act](F.linear(case.x, gate).double())
+    h = g * F.linear(case.x, up).double()
+    for threshold in case.thresholds().values():
+        for mean in (None, case.mean):
+            fill = 0.0 if mean is None else mean.double()
+            truth = torch.where(g.abs() > threshold, h, fill) @ down.double()
+            bias = None if mean is None else down.float().T @ mean
+            y = gated_mlp(case.x, gate, up, down, threshold, act, mean, bias)
+            error = (y.double() - truth).norm() / truth.norm().clamp(min=1e-9)
+            assert float(error) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ class SparseMLP(nn.Module):
     def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
-        few = 0 if choice is None else choice.kernel_tokens
-        if choice is not None and few and x.numel() <= few * x.shape[-1]:
-            op = partial(gated_mlp, backend=choice.backend.value)
+        few = 0 if choice is None else choice.op_tokens
+        if few and x.numel() <= few * x.shape[-1]:
+            op = partial(gated_mlp, backend=self.catsparse_backend.value)
             if self.catsparse_down_copy:
                 down_t = self._catsparse_down_t
                 if down_t is None and _may_copy(w_down):

@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 
 from .cpu import DTYPES, cpu_library
+from .cuda import AUTO_TOKENS as AUTO_TOKENS_CUDA
 from .cuda import why_not_cuda, why_not_sizes
 from .reference import MAX_OP_TOKENS
 from .triton import why_not_triton
@@ -23,11 +24,10 @@ class Backend(str, Enum):
     TRITON = "triton"
 
 
-# The most tokens for which a kernel beats torch's dense matmuls even if little is dropped:
+# The most tokens for which the C kernel beats torch's dense matmuls even if little is dropped:
 # several tokens together keep most neurons. Measured by `catsparse bench op` (docs/speed.md, which
 # names the one exception, small fp16 layers that drop nothing).
 AUTO_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16}
-AUTO_TOKENS_CUDA = {torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Choice:
     backend: Backend
     kernel_tokens: int
     reason: str
+
+    @property
+    def op_tokens(self) -> int:
+        """Calls of up to so many tokens go to the op; on a GPU it has matmuls of its own, too."""
+        return MAX_OP_TOKENS if self.backend is Backend.CUDA else self.kernel_tokens
 
 
 def choose_backend(

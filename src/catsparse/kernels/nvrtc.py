@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +96,8 @@ def compile_source(source: Path, defines: tuple[tuple[str, str], ...], arch: str
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None):
         raise RuntimeError("NVRTC cannot make a program")
     try:
-        options = [
-            f"-arch={arch}",
-            "-std=c++17",
-            "-lineinfo",
-            *(f"-D{name}={value}" for name, value in defines),
-        ]
+        options = [f"-arch={arch}", "-std=c++17", "-lineinfo", f"-I{source.parent}"]
+        options += [f"-D{name}={value}" for name, value in defines]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
             log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
@@ -143,9 +140,28 @@ def _fetch(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
 
 @functools.cache
 def _compiler() -> ctypes.CDLL:
+    """NVRTC of the CUDA that torch was built with: from its wheel, else wherever the loader looks.
+
+    Raises:
+        OSError: there is none.
+    """
     major = str(torch.version.cuda).split(".")[0]
-    windows = sys.platform == "win32"
-    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}")
+    if sys.platform == "win32":
+        return ctypes.CDLL(f"nvrtc64_{major}0_0.dll")
+    name = f"libnvrtc.so.{major}"
+    for package in (f"nvidia.cu{major}", "nvidia.cuda_nvrtc"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # no package nvidia at all
+            continue
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            library = Path(folder, "lib", name)
+            if library.exists():
+                # It looks for these by name, and so must find them loaded.
+                for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+                    ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+                return ctypes.CDLL(str(library))
+    return ctypes.CDLL(name)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""``catsparse::gated_mlp`` on NVIDIA GPUs: plans by shape, argument checks and the launches.
+"""``catsparse::gated_mlp`` in Triton: plans by shape, argument checks and the launches.
 
-Experimental: only backend ``triton`` runs it, ``auto`` does not choose it yet. One to four tokens.
-Nothing depends on the data but what is read, so calls can be captured in a CUDA graph, and sums
-have a fixed order, so results repeat bit for bit.
+For what cuda.cu does not take: GPUs older than Hopper, rows that are not whole 16-byte pieces.
+One to four tokens. Nothing depends on the data but what is read, so calls can be captured in a
+CUDA graph, and sums have a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS, gated_mlp_reference
+from ..reference import ACTIVATIONS
 
 MAX_TOKENS = 4  # sums of more do not fit in the registers
 MAX_HIDDEN = 8192
@@ -69,7 +69,7 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def gated_mlp_cuda(
+def gated_mlp_triton(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
@@ -79,13 +79,7 @@ def gated_mlp_cuda(
     mean: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`catsparse.kernels.gated_mlp` for CUDA tensors, skipping what is dropped.
-
-    Anything the kernels do not take goes to the torch reference.
-    """
-    arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
-    if why_not_triton(x.device) is not None or not _fits(*arguments):
-        return gated_mlp_reference(*arguments)
+    """:func:`catsparse.kernels.gated_mlp` for ``[T, H]``, T at most 4; see :func:`fits_triton`."""
     import triton
 
     from .stream import stream_kernel, sum_kernel
@@ -153,7 +147,7 @@ def gated_mlp_cuda(
     return y
 
 
-def _fits(
+def fits_triton(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
@@ -163,7 +157,8 @@ def _fits(
     mean: Tensor | None,
     bias: Tensor | None,
 ) -> bool:
-    """Whether every pointer that the kernels get covers what they read."""
+    """Whether the kernels take the call, in groups of ``MAX_TOKENS`` tokens, and every pointer they
+    get covers what they read."""
     if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
         return False
     neurons, hidden = w_gate.shape
@@ -177,7 +172,7 @@ def _fits(
         and all(w.dtype == x.dtype and w.device == x.device for w in weights)
         and act in ACTIVATIONS
         and x.shape[-1] == hidden
-        and 0 < x.numel() <= MAX_TOKENS * hidden
+        and x.numel() > 0
         and 0 < neurons < 2**24
         and 0 < columns <= MAX_HIDDEN
         and hidden <= MAX_HIDDEN
