@@ -13,14 +13,23 @@
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
  * results before they read or write anything.
  *
- * Built at run time (nvrtc.py) with DTYPE and ACT (numbers.cuh) and these constants:
+ * Built at run time (nvrtc.py, no headers) with these constants:
+ *   DTYPE    0 bf16, 1 fp16, 2 fp32      ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
  *   TOKENS   tokens of a call at most    ROWS     rows of a stage, 1, 2, 4 ...
  *   THREADS  consumers, whole warps      COLUMNS  16-byte pieces of a row that a consumer owns
  *   CHUNKS   chunks of the decision      EVEN     whether rows are THREADS * COLUMNS pieces long
  */
 
-#include "numbers.cuh"
+typedef unsigned int u32;
+typedef unsigned long long u64;
 
+#if DTYPE == 2
+typedef float weight_t;
+#else
+typedef unsigned short weight_t;
+#endif
+
+#define SIZE ((int)sizeof(weight_t))
 #define VEC (16 / SIZE) /* elements of a piece */
 #define WARPS (THREADS / 32)
 #define PITCH (WARPS | 1) /* odd, so that rows of partial dots fall on different banks */
@@ -28,6 +37,8 @@
 #define NEURON ((1 << TOKEN_BIT) - 1)
 #define MAX_STAGES 32
 #define ALL 0xffffffffu
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_METHOD __device__ __forceinline__
 
 /* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
 struct Problem {
@@ -37,6 +48,40 @@ struct Problem {
     long long gate_stride, up_stride, down_stride;
     int tokens, hidden, neurons, columns, threshold_stride, capacity, pitch, stages;
 };
+
+/* ---- numbers ------------------------------------------------------------------------------- */
+
+DEVICE float half_to_float(u32 bits) {
+    float value;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+DEVICE weight_t round_to_weight(float value) {
+#if DTYPE == 2
+    return value;
+#else
+    weight_t rounded;
+#if DTYPE == 0
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+#endif
+    return rounded;
+#endif
+}
+
+DEVICE float activate(float z) {
+#if ACT == 0
+    return z / (1.0f + expf(-z));
+#elif ACT == 1 /* 0.5 z (1 + tanh(a)) = z / (1 + exp(-2 a)) */
+    return z / (1.0f + expf(-1.5957691216057308f * (z + 0.044715f * z * z * z)));
+#elif ACT == 2
+    return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
+#else
+    return z < 0.0f ? 0.0f : z; /* not fmaxf, which hides NaN */
+#endif
+}
 
 DEVICE void unpack(uint4 piece, float (&v)[VEC]) {
     u32 word[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -52,7 +97,7 @@ DEVICE void unpack(uint4 piece, float (&v)[VEC]) {
     }
 }
 
-/* ---- barriers, copies ----------------------------------------------------------------------- */
+/* ---- barriers, copies, dependent launch ----------------------------------------------------- */
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -88,6 +133,10 @@ DEVICE void copy_row(char *to, const weight_t *from, u32 bytes, u64 *b, u64 poli
 
 /* All consumers, not the producer. */
 DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /* ---- the ring ------------------------------------------------------------------------------- */
 

@@ -2,8 +2,8 @@
 
 cuda.cu serves Hopper and later, for rows that are whole 16-byte pieces; what it does not take goes
 to the Triton kernels, and what those do not take to the torch reference. With many tokens, which
-together keep nearly every row, torch's matmuls are faster; mask.cu does in one pass what lies
-between them. Nothing depends on the data but what is read, so calls can be captured in a CUDA
+together keep nearly every row, torch's matmuls are faster, with the mask in one pass between them
+(triton/mask.py). Nothing depends on the data but what is read, so calls can be captured in a CUDA
 graph, and sums have a fixed order, so results repeat bit for bit.
 """
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
 from .reference import ACTIVATIONS, gated_mlp_reference
 from .triton import MAX_TOKENS as TRITON_TOKENS
-from .triton import fits_triton, gated_mlp_triton, why_not_triton
+from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
-SOURCE, MASK_SOURCE = (Path(__file__).with_name(name) for name in ("cuda.cu", "mask.cu"))
+SOURCE = Path(__file__).with_name("cuda.cu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped: measured
 # by `catsparse bench op` on an H200 (docs/speed.md).
@@ -37,7 +37,6 @@ _MAX_STAGES = 32  # cuda.cu's
 # Shared memory left to the second kernel, so that its blocks can wait beside the first one's.
 _LEFT = 8192
 _SUM_COLUMNS, _SUM_THREADS = 32, 256
-_MASK_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,6 @@ class _Sum(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("partial", "bias", "y")),
         *((name, ctypes.c_int) for name in ("parts", "tokens", "columns")),
-    ]
-
-
-class _Mask(ctypes.Structure):
-    """``Mask`` of mask.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "u", "threshold", "mean")),
-        *((name, ctypes.c_int) for name in ("tokens", "neurons", "threshold_stride")),
     ]
 
 
@@ -139,7 +129,8 @@ def gated_mlp_cuda(
     arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
     run: Callable[..., Tensor]
     if backend != "triton" and why_not_cuda(x.device) is None and _fits(*arguments):
-        if backend == "auto" and x.numel() > AUTO_TOKENS[x.dtype] * x.shape[-1]:
+        many = x.numel() > AUTO_TOKENS[x.dtype] * x.shape[-1]
+        if backend == "auto" and many and why_not_triton(x.device) is None:
             return _masked_matmuls(x, w_gate, w_up, w_down_t, threshold, act, mean)
         group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
     elif why_not_triton(x.device) is None and fits_triton(*arguments):
@@ -217,40 +208,8 @@ def _masked_matmuls(
     mean: Tensor | None,
 ) -> Tensor:
     """Reads everything. A dropped neuron's h is its mean, so no bias is due."""
-    z, u = F.linear(x, w_gate), F.linear(x, w_up)
-    threshold, mean = threshold.contiguous(), None if mean is None else mean.contiguous()
-    neurons = w_gate.shape[0]
-    mask = _Mask(
-        z.data_ptr(),
-        u.data_ptr(),
-        threshold.data_ptr(),
-        None if mean is None else mean.data_ptr(),
-        x.numel() // x.shape[-1],
-        neurons,
-        threshold.dim(),
-    )
-    kernel = _build_mask(x.device, x.dtype, act)
-    with torch.cuda.device(x.device):
-        blocks = -(-neurons // _MASK_THREADS)
-        kernel.launch(blocks, mask, torch.cuda.current_stream().cuda_stream)
-    return F.linear(u, w_down_t.t())
-
-
-@functools.cache
-def _build_mask(device: torch.device, dtype: torch.dtype, act: str) -> Kernel:
-    defines = _number_defines(dtype, act)
-    module = load_module(compile_source(MASK_SOURCE, defines, _arch(device)), device)
-    return find_kernel(module, "masked_hidden", _MASK_THREADS)
-
-
-def _number_defines(dtype: torch.dtype, act: str) -> tuple[tuple[str, str], ...]:
-    """The constants of numbers.cuh."""
-    return (("DTYPE", str(DTYPES.index(dtype))), ("ACT", str(_ACTIVATION_NUMBERS[act])))
-
-
-def _arch(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    h = mask_triton(F.linear(x, w_gate), F.linear(x, w_up), threshold, act, mean)
+    return F.linear(h, w_down_t.t())
 
 
 def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:
@@ -288,6 +247,8 @@ def _build(
     chunks = max(plan.chunks, -(-(capacity + rows) // (plan.threads - rows)))
     each = -(-pieces // plan.threads)
     constants = {
+        "DTYPE": DTYPES.index(dtype),
+        "ACT": _ACTIVATION_NUMBERS[act],
         "TOKENS": tokens,
         "THREADS": plan.threads,
         "COLUMNS": each,
@@ -295,8 +256,9 @@ def _build(
         "CHUNKS": chunks,
         "EVEN": int(hidden == columns and row == plan.threads * each * _PIECE),
     }
-    defines = _number_defines(dtype, act) + tuple((k, str(v)) for k, v in constants.items())
-    module = load_module(compile_source(SOURCE, defines, _arch(device)), device)
+    defines = tuple((name, str(value)) for name, value in constants.items())
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    module = load_module(compile_source(SOURCE, defines, arch), device)
     shared = stages * rows * row + lists
     return _Built(
         find_kernel(module, "gated_mlp", plan.threads + 32, shared),

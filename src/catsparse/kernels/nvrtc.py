@@ -96,7 +96,7 @@ def compile_source(source: Path, defines: tuple[tuple[str, str], ...], arch: str
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None):
         raise RuntimeError("NVRTC cannot make a program")
     try:
-        options = [f"-arch={arch}", "-std=c++17", "-lineinfo", f"-I{source.parent}"]
+        options = [f"-arch={arch}", "-std=c++17", "-lineinfo"]
         options += [f"-D{name}={value}" for name, value in defines]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):

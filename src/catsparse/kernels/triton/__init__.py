@@ -43,6 +43,7 @@ class Plan:
 # First gate rows asked for before the previous kernel ends, in kilobytes a program.
 PREFETCH_KB = 32
 SUM_COLUMNS, SUM_WARPS = 32, 4
+MASK_BLOCK = 512
 
 
 def find_plan(block: int, tokens: int, dtype: torch.dtype) -> Plan:
@@ -97,7 +98,7 @@ def gated_mlp_triton(
     kept_gate = torch.empty(padded, neurons, dtype=torch.float32, device=x.device)
     kept_index = torch.empty(neurons, dtype=torch.int32, device=x.device)
     partial = torch.empty(programs, tokens * columns, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         stream_kernel[(programs,)](
             x,
             w_gate,
@@ -147,6 +148,37 @@ def gated_mlp_triton(
     return y
 
 
+def mask_triton(z: Tensor, u: Tensor, threshold: Tensor, act: str, mean: Tensor | None) -> Tensor:
+    """|act(z)| > threshold ? act(z) u : mean (or 0), in one pass; what a masked MLP's down gets.
+
+    Args:
+        z: ``[..., I]`` gate before its activation, contiguous.
+        u: ``[..., I]`` up projection, contiguous, z's dtype; the result is written over it.
+        threshold: fp32, 0-d or ``[I]``.
+        mean: fp32 ``[I]`` or None.
+    """
+    import triton
+
+    from .mask import mask_kernel
+
+    total = z.numel()
+    with torch.cuda.device_of(z):
+        mask_kernel[(triton.cdiv(total, MASK_BLOCK),)](
+            z,
+            u,
+            threshold.contiguous(),
+            None if mean is None else mean.contiguous(),
+            u,
+            total,
+            z.shape[-1],
+            ACT=act,
+            PER_NEURON=threshold.dim() == 1,
+            HAS_MEAN=mean is not None,
+            BLOCK=MASK_BLOCK,
+        )
+    return u
+
+
 def fits_triton(
     x: Tensor,
     w_gate: Tensor,
@@ -190,12 +222,16 @@ def fits_triton(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
 def _launches_early(device: torch.device) -> bool:
     """Programmatic dependent launch: a kernel starts while the one before it ends."""
+    if device.type == "cpu":  # Triton's interpreter
+        return False
     import triton.language as tl
 
     has_waits = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
