@@ -17,7 +17,7 @@ import tiny
 from catsparse import CatsparseError, bench
 from catsparse.bench import decode, op, rows, shapes
 from catsparse.kernels import gated_mlp_reference
-from catsparse.report import plot_speed
+from catsparse.report import latency_figure, plot_speed
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -378,10 +378,35 @@ def test_bytes_of_a_token_leave_out_an_embedding_that_is_only_looked_up() -> Non
 
 
 @pytest.mark.usefixtures("small_cache")
-def test_plot_of_several_dtypes(tmp_path: Path) -> None:
+def test_plots_of_several_shapes_and_dtypes(tmp_path: Path) -> None:
     found = run_op(rounds=1) + run_op(rounds=1, dtype=torch.bfloat16, tokens=2)
+    found += run_op(rounds=1, shape=bench.find_shape("48,96"), peers={"gather": op.index_select})
+    paths = plot_speed([asdict(row) for row in found], tmp_path)
+    names = ("speed", "latency")
+    assert {p.name for p in paths} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_latency_shows_what_was_measured() -> None:
+    rows = [asdict(row) for row in run_op(rounds=1, peers={"gather": op.index_select})]
+    rows.append(rows[0] | {"impl": "dense_compiled", "p50": 123.0})
+    other = [row | {"name": "other", "p50": 2 * row["p50"]} for row in rows]
+    figure = latency_figure(rows + other)
+    panels = [axis for axis in figure.axes if axis.lines]
+    assert [axis.get_title(loc="left").split(",")[0] for axis in panels] == ["40", "other"]
+    for axis, times in zip(panels, (1.0, 2.0), strict=True):
+        lines = {line.get_label(): line for line in axis.lines}
+        assert set(lines) == {"byte limit", "dense", "dense_compiled", "catsparse", "gather"}
+        own = [row for row in rows if row["impl"] == "catsparse"]
+        assert list(lines["catsparse"].get_xdata()) == [0.0, 0.5, 0.9]
+        assert list(lines["catsparse"].get_ydata()) == [times * row["p50"] for row in own]
+        assert list(lines["byte limit"].get_ydata()) == [row["limit"] for row in own]
+        assert list(lines["dense_compiled"].get_ydata()) == [times * 123.0] * 2
+        assert list(lines["gather"].get_xdata()) == [0.5, 0.9]
+
+
+def test_decode_rows_have_no_latency(tmp_path: Path, sparse_model: Any) -> None:
+    found = bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 3, rounds=1)
     paths = plot_speed([asdict(row) for row in found], tmp_path)
     assert {path.name for path in paths} == {"speed.png", "speed.svg"}
-    assert all(path.stat().st_size > 5000 for path in paths)
-    svg = (tmp_path / "speed.svg").read_text()
-    assert "<svg" in svg

@@ -280,7 +280,8 @@ def test_bench_op_prints_rows_and_keeps_them(
     ]
     kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert kept == rows
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "speed.png", "speed.svg"}
+    plots = {f"{name}.{kind}" for name in ("speed", "latency") for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", *plots}
     code, text, _ = run(capsys, "bench", "op", *options, "--tokens", "2", "--backend", "torch")
     assert code == 0
     assert "vs dense" in text

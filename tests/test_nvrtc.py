@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from catsparse.bench import gpu
-from catsparse.kernels import ACTIVATIONS, cuda, nvrtc
+from catsparse.kernels import cuda, nvrtc
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +23,10 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def defines(tokens: int, hidden: int, dtype: torch.dtype, act: str) -> tuple[tuple[str, str], ...]:
+    pieces = -(-hidden * dtype.itemsize // 16)
     plan = cuda.find_plan(hidden * dtype.itemsize, tokens)
-    columns = -(-hidden * dtype.itemsize // 16 // plan.threads)
-    constants: dict[str, Any] = {
-        "DTYPE": cuda.DTYPES.index(dtype),
-        "ACT": list(ACTIVATIONS).index(act),
-        "TOKENS": tokens,
-        "THREADS": plan.threads,
-        "COLUMNS": columns,
-        "ROWS": plan.rows,
-        "CHUNKS": plan.chunks,
-        "EVEN": int(hidden * dtype.itemsize == plan.threads * columns * 16),
-    }
-    return tuple((name, str(value)) for name, value in constants.items())
+    columns = -(-pieces // plan.threads)
+    return cuda._defines(dtype, act, tokens, plan, columns, pieces == plan.threads * columns)
 
 
 @pytest.mark.parametrize("hidden", [4096, 576])
@@ -51,6 +41,14 @@ def test_the_kernel_compiles(dtype: torch.dtype, hidden: int) -> None:
 def test_later_architectures() -> None:
     for arch in ("sm_100", "sm_120"):
         assert nvrtc.compile_source(cuda.SOURCE, defines(1, 512, torch.bfloat16, "relu"), arch)
+
+
+def test_a_gpu_that_the_compiler_does_not_know() -> None:
+    assert cuda._why_not_compiled("sm_90") is None
+    reason = cuda._why_not_compiled("sm_999")
+    assert reason is not None
+    assert "does not compile for sm_999" in reason
+    assert "\n" not in reason
 
 
 def test_the_probe_compiles() -> None:

@@ -98,8 +98,14 @@ def plot_directory(
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
-    """Draw the rows of one benchmark run as ``speed`` in PNG and SVG into ``output``."""
-    return _save({"speed": speed_figure(rows)}, Path(output))
+    """Draw the rows of one benchmark run in PNG and SVG into ``output``.
+
+    ``speed`` is the speedup; ``latency``, of ``op`` rows only, the time of a call.
+    """
+    figures = {"speed": speed_figure(rows)}
+    if rows[0]["what"] == "op":
+        figures["latency"] = latency_figure(rows)
+    return _save(figures, Path(output))
 
 
 def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
@@ -108,32 +114,78 @@ def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
     Args:
         rows: of one run, as ``catsparse bench --json`` prints them.
     """
-    groups = sorted({(row["dtype"], row["tokens"]) for row in rows})
-    figure = _new_figure(width=3.6 * len(groups) + 0.6, height=3.2)
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for axis, group in zip(panels, groups, strict=True):
-        chosen = [row for row in rows if (row["dtype"], row["tokens"]) == group]
+    figure, panels = _panels(rows, "speedup over the best dense", sharey=True)
+    for axis, chosen in panels:
         axis.axhline(1.0, color=_MUTED, linewidth=0.8)
-        own = sorted((r for r in chosen if r["impl"] == "catsparse"), key=lambda r: r["sparsity"])
+        own = _line(chosen, "catsparse")
         bound = [own[0]["limit"] / row["limit"] for row in own]
         if rows[0]["what"] == "decode":
             bound = [1 / value for value in bound]
         shares = [row["sparsity"] for row in own]
         axis.plot(shares, bound, "--", color=_MUTED, linewidth=1.2, label="bytes allow")
         for impl in dict.fromkeys(row["impl"] for row in chosen):
-            line = sorted((r["sparsity"], r["vs_dense"]) for r in chosen if r["impl"] == impl)
+            line = [(row["sparsity"], row["vs_dense"]) for row in _line(chosen, impl)]
             style = {"catsparse": (_MARK, "o-"), "dense": (_INK, "s")}.get(impl, (None, "^-"))
             axis.plot(*zip(*line, strict=True), style[1], color=style[0], markersize=4, label=impl)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axis.set_xlabel("neurons dropped")
-        many = "s" if group[1] > 1 else ""
-        axis.set_title(f"{group[0]}, {group[1]} token{many}", loc="left", fontsize=8.5)
-        _plain(axis)
-    panels[0].set_ylabel("speedup over the best dense")
-    panels[0].legend(frameon=False, fontsize=8)
-    title = f"{rows[0]['what']} {rows[0]['name']} on {rows[0]['device']}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
+    panels[0][0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def latency_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Time of a call against sparsity, beside the byte limit, the dense lines and the peers (the
+    CATS paper's figure of its kernel)."""
+    figure, panels = _panels(rows, "µs a call", sharey=False)
+    for axis, chosen in panels:
+        own = _line(chosen, "catsparse")
+        shares = [row["sparsity"] for row in own]
+        limits = [row["limit"] for row in own]
+        axis.plot(shares, limits, "--", color=_MUTED, linewidth=1.2, label="byte limit")
+        for impl in dict.fromkeys(row["impl"] for row in chosen):
+            line = _line(chosen, impl)
+            if impl.startswith("dense"):
+                style = ":" if impl == "dense" else "-."
+                axis.axhline(line[0]["p50"], linestyle=style, color=_INK, linewidth=1, label=impl)
+                continue
+            points = [(row["sparsity"], row["p50"]) for row in line]
+            color, marks = (_MARK, "o-") if impl == "catsparse" else (None, "^-")
+            axis.plot(*zip(*points, strict=True), marks, color=color, markersize=4, label=impl)
+        axis.set_ylim(bottom=0)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _panels(
+    rows: Sequence[dict[str, Any]], label: str, sharey: bool
+) -> tuple[Any, list[tuple[Any, list[dict[str, Any]]]]]:
+    """A figure, and for each panel its axis and its rows: a row of panels for each name, in it one
+    for each dtype and number of tokens."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    groups = sorted({(row["dtype"], row["tokens"]) for row in rows})
+    figure = _new_figure(width=3.6 * len(groups) + 0.6, height=2.9 * len(names) + 0.3)
+    axes = figure.subplots(len(names), len(groups), squeeze=False, sharey=sharey)
+    panels = []
+    for name, line in zip(names, axes, strict=True):
+        line[0].set_ylabel(label)
+        for axis, (dtype, tokens) in zip(line, groups, strict=True):
+            key = (name, dtype, tokens)
+            chosen = [row for row in rows if (row["name"], row["dtype"], row["tokens"]) == key]
+            if not chosen:
+                axis.set_axis_off()
+                continue
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axis.set_xlabel("neurons dropped")
+            many = "s" if tokens > 1 else ""
+            title = f"{name}, {dtype}, {tokens} token{many}"
+            axis.set_title(title, loc="left", fontsize=8.5)
+            _plain(axis)
+            panels.append((axis, chosen))
+    title = f"{rows[0]['what']} on {rows[0]['device']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
+    return figure, panels
+
+
+def _line(rows: Sequence[dict[str, Any]], impl: str) -> list[dict[str, Any]]:
+    return sorted((row for row in rows if row["impl"] == impl), key=lambda row: row["sparsity"])
 
 
 def _save(figures: dict[str, Any], output: Path) -> list[Path]:

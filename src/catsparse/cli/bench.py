@@ -32,7 +32,7 @@ Backend = Annotated[
 DownCopy = Annotated[
     bool, typer.Option(help="Let the kernel keep a transposed copy of the down projection.")
 ]
-Plot = Annotated[bool, typer.Option("--plot", help="Also draw speed.png and speed.svg there.")]
+Plot = Annotated[bool, typer.Option("--plot", help="Also draw the rows as PNG and SVG there.")]
 
 
 @bench.command()

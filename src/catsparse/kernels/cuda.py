@@ -28,7 +28,7 @@ from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 SOURCE = Path(__file__).with_name("cuda.cu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped: measured
-# by `catsparse bench op` on an H200 (docs/speed.md).
+# in bf16 by `catsparse bench op` on an H200 (docs/kernels.md). The others have no more sums a byte.
 AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4}
 MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -92,7 +92,38 @@ def why_not_cuda(device: torch.device) -> str | None:
     reason = why_not_nvrtc()
     if reason is None and torch.cuda.get_device_capability(device) < (9, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 9.0"
-    return reason
+    return reason or _why_not_compiled(_arch(device))
+
+
+@functools.cache
+def _why_not_compiled(arch: str) -> str | None:
+    """Whether this NVRTC knows the GPU at all: found out here, not in the middle of a call."""
+    try:
+        compile_source(SOURCE, _defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True), arch)
+    except RuntimeError as error:
+        return f"cuda.cu does not compile for {arch}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _arch(device: torch.device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _defines(
+    dtype: torch.dtype, act: str, tokens: int, plan: Plan, columns: int, even: bool
+) -> tuple[tuple[str, str], ...]:
+    """The constants of cuda.cu."""
+    constants = {
+        "DTYPE": DTYPES.index(dtype),
+        "ACT": _ACTIVATION_NUMBERS[act],
+        "TOKENS": tokens,
+        "THREADS": plan.threads,
+        "COLUMNS": columns,
+        "ROWS": plan.rows,
+        "CHUNKS": plan.chunks,
+        "EVEN": int(even),
+    }
+    return tuple((name, str(value)) for name, value in constants.items())
 
 
 def group_size(row_bytes: int) -> int:
@@ -246,19 +277,10 @@ def _build(
     # A chunk is decided by a thread a neuron, so it must not be larger than a block.
     chunks = max(plan.chunks, -(-(capacity + rows) // (plan.threads - rows)))
     each = -(-pieces // plan.threads)
-    constants = {
-        "DTYPE": DTYPES.index(dtype),
-        "ACT": _ACTIVATION_NUMBERS[act],
-        "TOKENS": tokens,
-        "THREADS": plan.threads,
-        "COLUMNS": each,
-        "ROWS": rows,
-        "CHUNKS": chunks,
-        "EVEN": int(hidden == columns and row == plan.threads * each * _PIECE),
-    }
-    defines = tuple((name, str(value)) for name, value in constants.items())
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    module = load_module(compile_source(SOURCE, defines, arch), device)
+    even = hidden == columns and row == plan.threads * each * _PIECE
+    cut = Plan(plan.threads, rows, chunks)
+    defines = _defines(dtype, act, tokens, cut, each, even)
+    module = load_module(compile_source(SOURCE, defines, _arch(device)), device)
     shared = stages * rows * row + lists
     return _Built(
         find_kernel(module, "gated_mlp", plan.threads + 32, shared),
@@ -349,6 +371,6 @@ def why_not_sizes(
     capacity = -(-neurons // blocks)
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens))
-    if row > MOST_PIECES * _PIECE or _stages(_shared_bytes(device), lists, row) < 3:
+    if row > MOST_PIECES * _PIECE or _stages(_shared_bytes(device), lists, row) < 2:
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None
