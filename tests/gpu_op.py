@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -63,6 +64,22 @@ class Case:
         h = self.h - (self.mean.double() if compensated else 0.0)
         y = torch.where(self.g.abs() > threshold, h, 0.0) @ self.weights[2].double()
         return y + (self.bias.double() if compensated else 0.0)
+
+    def check(self, backend: str) -> None:
+        """Right at every threshold, and the same bits in a graph over a poisoned output."""
+        for (name, threshold), compensated in itertools.product(
+            self.thresholds().items(), (False, True)
+        ):
+            y = self.call(threshold, compensated, backend=backend)
+            assert y.dtype == self.dtype
+            assert self.error(y, threshold, compensated) < TOLERANCE[self.dtype], name
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = self.call(threshold, compensated, backend=backend)
+            for _ in range(3):
+                captured.fill_(float("nan"))
+                graph.replay()
+                assert torch.equal(captured, y), name
 
     def error(self, y: Tensor, threshold: Tensor, compensated: bool) -> float:
         truth = self.truth(threshold, compensated)

@@ -130,10 +130,10 @@ def test_mask(dtype: torch.dtype, act: str) -> None:
     mean, each = torch.randn(213), torch.rand(213)
     g = ACTIVATIONS[act](z.double())
     for threshold in (torch.tensor(-1.0), torch.tensor(0.31), torch.tensor(INFINITY), each):
-        for fill in (None, mean):
-            h = kernels.mask_triton(z.clone(), u.clone(), threshold, act, fill)
-            dropped = torch.zeros(213) if fill is None else fill
-            truth = torch.where(g.abs() > threshold, g * u.double(), dropped.double())
+        for subtracted in (None, mean):
+            h = kernels.mask_triton(z.clone(), u.clone(), threshold, act, subtracted)
+            less = 0.0 if subtracted is None else subtracted.double()
+            truth = torch.where(g.abs() > threshold, g * u.double() - less, 0.0)
             torch.testing.assert_close(h, truth.to(dtype), rtol=2e-2, atol=1e-5)
 
 
@@ -141,4 +141,4 @@ def test_mask(dtype: torch.dtype, act: str) -> None:
 def test_a_gate_that_is_not_a_number_is_dropped() -> None:
     z = torch.tensor([[float("nan"), 1.0]])
     h = kernels.mask_triton(z, torch.ones(1, 2), torch.tensor(0.1), "relu", torch.ones(2))
-    assert h.tolist() == [[1.0, 1.0]]
+    assert h.tolist() == [[0.0, 0.0]]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .arguments import belong_together
 from .build import Library, load_library
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
 
@@ -50,10 +51,10 @@ def gated_mlp_cpu(
     ``w_down_t`` with contiguous rows is read row by row, kept neurons only; a transposed view of
     ``w_down`` is read whole. Anything the kernel does not take goes to the torch reference.
     """
-    weights = (w_gate, w_up, w_down_t)
+    arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
     library = cpu_library().handle
-    if library is None or not _fits(x, weights, threshold, act, mean, bias):
-        return gated_mlp_reference(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+    if library is None or not _fits(*arguments):
+        return gated_mlp_reference(*arguments)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     threshold = threshold.contiguous()
     mean = None if mean is None else mean.contiguous()
@@ -90,39 +91,22 @@ def gated_mlp_cpu(
 
 def _fits(
     x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
     threshold: Tensor,
     act: str,
     mean: Tensor | None,
     bias: Tensor | None,
 ) -> bool:
     """Whether every pointer that cpu.c gets covers what it reads."""
-    w_gate, w_up, w_down_t = weights
-    if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
-        return False
-    neurons, hidden = w_gate.shape
-    vectors = [(mean, neurons), (bias, w_down_t.shape[1])]
-    if threshold.dim():
-        vectors.append((threshold, neurons))
     return (
-        x.dtype in DTYPES
+        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+        and x.dtype in DTYPES
         and x.device.type == "cpu"
-        and all(w.dtype == x.dtype and w.device.type == "cpu" for w in weights)
-        and act in _ACTIVATION_NUMBERS
-        and x.shape[-1] == hidden
-        and 0 < x.numel() <= MAX_OP_TOKENS * hidden
-        and neurons > 0
-        and w_down_t.shape[1] > 0
-        and w_up.shape == w_gate.shape
-        and w_down_t.shape[0] == neurons
+        and x.numel() <= MAX_OP_TOKENS * x.shape[-1]
         and all(_row_stride(w) is not None for w in (w_gate, w_up))
         and (_row_stride(w_down_t) or _row_stride(w_down_t.t())) is not None
-        and threshold.dtype == torch.float32
-        and all(
-            v is None or (v.dtype == torch.float32 and v.shape == (n,) and v.device.type == "cpu")
-            for v, n in vectors
-        )
-        and threshold.device.type == "cpu"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import belong_together
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
 from .reference import ACTIVATIONS, gated_mlp_reference
 from .triton import MAX_TOKENS as TRITON_TOKENS
@@ -30,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped: measured
 # in bf16 by `catsparse bench op` on an H200 (docs/kernels.md). The others have no more sums a byte.
 AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4}
+MOST_NEURONS = 2**24  # a list entry holds the neuron and four bits
 MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _PIECE = 16  # bytes
@@ -162,7 +164,7 @@ def gated_mlp_cuda(
     if backend != "triton" and why_not_cuda(x.device) is None and _fits(*arguments):
         many = x.numel() > AUTO_TOKENS[x.dtype] * x.shape[-1]
         if backend == "auto" and many and why_not_triton(x.device) is None:
-            return _masked_matmuls(x, w_gate, w_up, w_down_t, threshold, act, mean)
+            return _masked_matmuls(*arguments)
         group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
     elif why_not_triton(x.device) is None and fits_triton(*arguments):
         group, run = TRITON_TOKENS, gated_mlp_triton
@@ -237,10 +239,11 @@ def _masked_matmuls(
     threshold: Tensor,
     act: str,
     mean: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    """Reads everything. A dropped neuron's h is its mean, so no bias is due."""
+    """Dense matmuls, with the mask in one pass between them; reads everything."""
     h = mask_triton(F.linear(x, w_gate), F.linear(x, w_up), threshold, act, mean)
-    return F.linear(h, w_down_t.t())
+    return F.linear(h, w_down_t.t(), None if bias is None else bias.to(x.dtype))
 
 
 def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:
@@ -318,33 +321,13 @@ def _fits(
     mean: Tensor | None,
     bias: Tensor | None,
 ) -> bool:
-    """Whether cuda.cu takes the call and every pointer it gets covers what it reads."""
-    if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
-        return False
-    neurons, hidden = w_gate.shape
-    columns = w_down_t.shape[1]
-    vectors = [(mean, neurons), (bias, columns)]
-    if threshold.dim():
-        vectors.append((threshold, neurons))
+    """Whether cuda.cu takes the call, and every pointer it gets covers what it reads."""
     return (
-        x.dtype in DTYPES
-        and act in ACTIVATIONS
-        and x.shape[-1] == hidden
-        and x.numel() > 0
-        and 0 < neurons < 2**24
-        and columns > 0
-        and w_up.shape == w_gate.shape
-        and w_down_t.shape[0] == neurons
-        and all(w.dtype == x.dtype and w.device == x.device for w in (w_gate, w_up, w_down_t))
+        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+        and x.dtype in DTYPES
+        and w_gate.shape[0] < MOST_NEURONS
         and all(_whole_pieces(w) for w in (w_gate, w_up, w_down_t))
-        and why_not_sizes(x.device, x.dtype, hidden, neurons, columns) is None
-        and all(
-            v.dtype == torch.float32 and v.shape == (n,) and v.device == x.device
-            for v, n in vectors
-            if v is not None
-        )
-        and threshold.dtype == torch.float32
-        and threshold.device == x.device
+        and why_not_sizes(x.device, x.dtype, *w_gate.shape[::-1], w_down_t.shape[1]) is None
     )
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS
+from ..arguments import belong_together
 
 MAX_TOKENS = 4  # sums of more do not fit in the registers
 MAX_HIDDEN = 8192
+MAX_NEURONS = 2**24  # a list entry holds the neuron and a bit for each token
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -149,7 +150,7 @@ def gated_mlp_triton(
 
 
 def mask_triton(z: Tensor, u: Tensor, threshold: Tensor, act: str, mean: Tensor | None) -> Tensor:
-    """|act(z)| > threshold ? act(z) u : mean (or 0), in one pass; what a masked MLP's down gets.
+    """|act(z)| > threshold ? act(z) u - mean : 0, in one pass; what a masked MLP's down gets.
 
     Args:
         z: ``[..., I]`` gate before its activation, contiguous.
@@ -191,32 +192,12 @@ def fits_triton(
 ) -> bool:
     """Whether the kernels take the call, in groups of ``MAX_TOKENS`` tokens, and every pointer they
     get covers what they read."""
-    if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
-        return False
-    neurons, hidden = w_gate.shape
-    columns = w_down_t.shape[1]
-    weights = (w_gate, w_up, w_down_t)
-    vectors = [(mean, neurons), (bias, columns)]
-    if threshold.dim():
-        vectors.append((threshold, neurons))
     return (
-        x.dtype in DTYPES
-        and all(w.dtype == x.dtype and w.device == x.device for w in weights)
-        and act in ACTIVATIONS
-        and x.shape[-1] == hidden
-        and x.numel() > 0
-        and 0 < neurons < 2**24
-        and 0 < columns <= MAX_HIDDEN
-        and hidden <= MAX_HIDDEN
-        and w_up.shape == w_gate.shape
-        and w_down_t.shape[0] == neurons
-        and all(w.stride(1) == 1 for w in weights)
-        and threshold.dtype == torch.float32
-        and threshold.device == x.device
-        and all(
-            v is None or (v.dtype == torch.float32 and v.shape == (n,) and v.device == x.device)
-            for v, n in vectors
-        )
+        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+        and x.dtype in DTYPES
+        and w_gate.shape[0] < MAX_NEURONS
+        and max(w_gate.shape[1], w_down_t.shape[1]) <= MAX_HIDDEN
+        and all(w.stride(1) == 1 for w in (w_gate, w_up, w_down_t))
     )
 
 

@@ -1,7 +1,7 @@
 """The Triton kernel that stands between the dense matmuls of a masked gated MLP.
 
-In one pass over ``[T, I]``: h = |act(z)| > threshold ? act(z) u : mean. A dense module takes two
-passes for as much, torch's own operations six.
+In one pass over ``[T, I]``: h = |act(z)| > threshold ? act(z) u - mean : 0. A dense module takes
+two passes for as much, torch's own operations six.
 """
 
 # Triton's language has no types that a checker could use.
@@ -34,12 +34,11 @@ def mask_kernel(
     neuron = at % I
     g = _activation(tl.load(z + at, mask=live, other=0.0).to(tl.float32), ACT)
     value = g * tl.load(u + at, mask=live, other=0.0).to(tl.float32)
+    if HAS_MEAN:
+        value -= tl.load(mean + neuron, mask=live, other=0.0)
     if PER_NEURON:
         limit = tl.load(threshold + neuron, mask=live, other=0.0)
     else:
         limit = tl.load(threshold)
-    fill = tl.zeros([BLOCK], tl.float32)
-    if HAS_MEAN:
-        fill = tl.load(mean + neuron, mask=live, other=0.0)
-    value = tl.where(tl.abs(g) > limit, value, fill)
+    value = tl.where(tl.abs(g) > limit, value, 0.0)
     tl.store(h + at, value.to(h.dtype.element_ty), mask=live)

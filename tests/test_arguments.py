@@ -1,0 +1,75 @@
+"""Arguments that belong together, and each way in which they may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from catsparse.kernels.arguments import belong_together
+
+H, I, OUT = 6, 5, 4
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    return {
+        "x": torch.ones(2, 3, H),
+        "w_gate": torch.ones(I, H),
+        "w_up": torch.ones(I, H),
+        "w_down_t": torch.ones(I, OUT),
+        "threshold": torch.ones(I),
+        "act": "silu",
+        "mean": torch.ones(I),
+        "bias": torch.ones(OUT),
+    } | changed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"x": torch.ones(H)},
+        {"threshold": torch.tensor(0.5)},
+        {"mean": None, "bias": None},
+        {"mean": None},
+        {"w_down_t": torch.ones(OUT, I).t()},
+    ],
+)
+def test_they_do(changed: dict[str, Any]) -> None:
+    assert belong_together(**arguments(**changed))
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": torch.tensor(1.0)},
+        {"x": torch.ones(3, H + 1)},
+        {"x": torch.ones(0, H)},
+        {"x": torch.ones(3, H, dtype=torch.float64)},
+        {"x": torch.ones(3, H, device=META)},
+        {"w_gate": torch.ones(I, H, 1)},
+        {"w_gate": torch.ones(I, H, dtype=torch.bfloat16)},
+        {"w_up": torch.ones(I + 1, H)},
+        {"w_up": torch.ones(I, H, device=META)},
+        {"w_down_t": torch.ones(I)},
+        {"w_down_t": torch.ones(I + 1, OUT)},
+        {"w_down_t": torch.ones(I, 0), "bias": torch.ones(0)},
+        {"w_gate": torch.ones(0, H), "w_up": torch.ones(0, H), "w_down_t": torch.ones(0, OUT)},
+        {"threshold": torch.ones(I + 1)},
+        {"threshold": torch.ones(I, 1)},
+        {"threshold": torch.ones(I, dtype=torch.float64)},
+        {"threshold": torch.ones(I, device=META)},
+        {"threshold": torch.tensor(1, dtype=torch.bfloat16)},
+        {"act": "tanh"},
+        {"mean": torch.ones(I - 1)},
+        {"mean": torch.ones(I, dtype=torch.bfloat16)},
+        {"bias": torch.ones(OUT, device=META)},
+        {"bias": torch.ones(H)},
+    ],
+)
+def test_they_do_not(changed: dict[str, Any]) -> None:
+    assert not belong_together(**arguments(**changed))
