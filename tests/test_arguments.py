@@ -9,18 +9,18 @@ import torch
 
 from catsparse.kernels.arguments import belong_together
 
-H, I, OUT = 6, 5, 4
+H, N, OUT = 6, 5, 4
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
     return {
         "x": torch.ones(2, 3, H),
-        "w_gate": torch.ones(I, H),
-        "w_up": torch.ones(I, H),
-        "w_down_t": torch.ones(I, OUT),
-        "threshold": torch.ones(I),
+        "w_gate": torch.ones(N, H),
+        "w_up": torch.ones(N, H),
+        "w_down_t": torch.ones(N, OUT),
+        "threshold": torch.ones(N),
         "act": "silu",
-        "mean": torch.ones(I),
+        "mean": torch.ones(N),
         "bias": torch.ones(OUT),
     } | changed
 
@@ -33,7 +33,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
         {"threshold": torch.tensor(0.5)},
         {"mean": None, "bias": None},
         {"mean": None},
-        {"w_down_t": torch.ones(OUT, I).t()},
+        {"w_down_t": torch.ones(OUT, N).t()},
     ],
 )
 def test_they_do(changed: dict[str, Any]) -> None:
@@ -51,22 +51,22 @@ META = torch.device("meta")
         {"x": torch.ones(0, H)},
         {"x": torch.ones(3, H, dtype=torch.float64)},
         {"x": torch.ones(3, H, device=META)},
-        {"w_gate": torch.ones(I, H, 1)},
-        {"w_gate": torch.ones(I, H, dtype=torch.bfloat16)},
-        {"w_up": torch.ones(I + 1, H)},
-        {"w_up": torch.ones(I, H, device=META)},
-        {"w_down_t": torch.ones(I)},
-        {"w_down_t": torch.ones(I + 1, OUT)},
-        {"w_down_t": torch.ones(I, 0), "bias": torch.ones(0)},
+        {"w_gate": torch.ones(N, H, 1)},
+        {"w_gate": torch.ones(N, H, dtype=torch.bfloat16)},
+        {"w_up": torch.ones(N + 1, H)},
+        {"w_up": torch.ones(N, H, device=META)},
+        {"w_down_t": torch.ones(N)},
+        {"w_down_t": torch.ones(N + 1, OUT)},
+        {"w_down_t": torch.ones(N, 0), "bias": torch.ones(0)},
         {"w_gate": torch.ones(0, H), "w_up": torch.ones(0, H), "w_down_t": torch.ones(0, OUT)},
-        {"threshold": torch.ones(I + 1)},
-        {"threshold": torch.ones(I, 1)},
-        {"threshold": torch.ones(I, dtype=torch.float64)},
-        {"threshold": torch.ones(I, device=META)},
+        {"threshold": torch.ones(N + 1)},
+        {"threshold": torch.ones(N, 1)},
+        {"threshold": torch.ones(N, dtype=torch.float64)},
+        {"threshold": torch.ones(N, device=META)},
         {"threshold": torch.tensor(1, dtype=torch.bfloat16)},
         {"act": "tanh"},
-        {"mean": torch.ones(I - 1)},
-        {"mean": torch.ones(I, dtype=torch.bfloat16)},
+        {"mean": torch.ones(N - 1)},
+        {"mean": torch.ones(N, dtype=torch.bfloat16)},
         {"bias": torch.ones(OUT, device=META)},
         {"bias": torch.ones(H)},
     ],
