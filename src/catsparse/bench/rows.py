@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CatsparseError
+from ..kernels.nvrtc import why_not_nvrtc
 from .gpu import ReadKernel, gpu_seconds
 
 PROBE_BYTES = 256 * 2**20
@@ -103,20 +104,27 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 class Probe:
     """Read bandwidth in bytes/s: a pass over data far larger than any cache.
 
-    On a CPU torch's sum, on a GPU a kernel that only reads.
+    On a GPU a kernel that only reads; on a CPU, and where none can be compiled, torch's sum.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._seconds: list[float] = []
-        self._take: Callable[[], float]
-        if device.type == "cuda":
-            self.size = GPU_PROBE_BYTES
+        on_gpu = device.type == "cuda"
+        self.size = PROBE_BYTES
+        if on_gpu:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.size = min(GPU_PROBE_BYTES, memory // 8 // 4096 * 4096)
+        read: Callable[[], object]
+        if on_gpu and why_not_nvrtc() is None:
             read = ReadKernel(device, self.size)
+        else:
+            data = torch.ones(self.size // 4, device=device)
+            read = data.sum
+        self._take: Callable[[], float]
+        if on_gpu:
             self._take = lambda: gpu_seconds(read)
         else:
-            self.size = PROBE_BYTES
-            data = torch.ones(self.size // 4, device=device)
-            self._take = lambda: seconds(data.sum, device)
+            self._take = lambda: seconds(read, device)
 
     def measure(self) -> None:
         self._seconds.append(self._take())

@@ -257,6 +257,8 @@ def _device(name: str | None, threads: int | None) -> Any:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and events are the current device's
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CatsparseError(f"cannot use the device {name}: {reason}") from error
