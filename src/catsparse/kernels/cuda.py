@@ -170,9 +170,11 @@ def gated_mlp_cuda(
         group, run = TRITON_TOKENS, gated_mlp_triton
     else:
         return gated_mlp_reference(*arguments)
-    groups = x.reshape(-1, x.shape[-1]).split(group)
-    parts = [run(rows, *arguments[1:]) for rows in groups]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] <= group:
+        y = run(rows, *arguments[1:])
+    else:
+        y = torch.cat([run(part, *arguments[1:]) for part in rows.split(group)])
     return y.view(*x.shape[:-1], w_down_t.shape[1])
 
 
