@@ -12,6 +12,7 @@ from torch import nn
 import catsparse
 import tiny
 from catsparse import CatsparseError, explain, set_backend
+from catsparse import modules as sparse_forward
 from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
 from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice
 from catsparse.kernels.build import Library
@@ -296,3 +297,24 @@ def test_explain_layers_that_differ(sparse_llama: Any) -> None:
         "torch, dense matmuls (asked for)",
         "masked children (down_proj is hooked)",
     ]
+
+
+def test_on_a_gpu_no_kernel_runs_without_the_copy(
+    sparse_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel would run, as far as a machine without a GPU can tell."""
+
+    def as_on_a_gpu(asked: Backend, *_: Any) -> Choice:
+        found = Backend.CUDA if asked is Backend.AUTO else asked
+        return Choice(found, 4, "as on a GPU")
+
+    monkeypatch.setattr(sparse_forward, "choose_backend", as_on_a_gpu)
+    mlp = sparse_llama.model.layers[0].mlp
+    assert mlp.choose_backend(Backend.AUTO, True) == Choice(Backend.CUDA, 4, "as on a GPU")
+    for asked, name in ((Backend.AUTO, "cuda"), (Backend.CUDA, "cuda"), (Backend.TRITON, "triton")):
+        reason = f"the {name} kernel needs the copy of the down projection"
+        assert mlp.choose_backend(asked, False) == Choice(Backend.TORCH, 0, reason)
+    set_backend(sparse_llama, "auto", down_copy=False)
+    assert "needs the copy" in paths(sparse_llama)[0]
+    with pytest.raises(CatsparseError, match="cannot run the backend cuda: the cuda kernel needs"):
+        set_backend(sparse_llama, "cuda", down_copy=False)

@@ -189,7 +189,7 @@ class SparseMLP(nn.Module):
             return
         weight: Tensor = getattr(self, self.site_down).weight
         key = _version(weight)
-        choice = self.choose_backend(self.catsparse_backend)
+        choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
         bias = None
         if self.catsparse_mean is not None:
             mean = self.catsparse_mean.to(weight.device)
@@ -199,12 +199,17 @@ class SparseMLP(nn.Module):
         self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
         self._catsparse_key = key
 
-    def choose_backend(self, asked: Backend) -> Choice:
+    def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
         """What this layer would run if ``asked`` to; its weights must be readable."""
         weight: Tensor = getattr(self, self.site_down).weight
         columns, neurons = weight.shape
         hidden: int = getattr(self, self.site_gate).weight.shape[1]
-        return choose_backend(asked, weight.device, weight.dtype, (hidden, neurons, columns))
+        sizes = hidden, neurons, columns
+        choice = choose_backend(asked, weight.device, weight.dtype, sizes)
+        if choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
+            reason = f"the {choice.backend.value} kernel needs the copy of the down projection"
+            return Choice(Backend.TORCH, 0, reason)
+        return choice
 
     def set_backend(self, backend: Backend, down_copy: bool) -> None:
         """Choose how few-token calls run; see :func:`catsparse.set_backend`."""

@@ -129,8 +129,8 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
             ``c`` (the CPU kernel for every decode call), ``cuda`` (the kernel for NVIDIA GPUs
             from Hopper on) or ``triton`` (any recent NVIDIA GPU; slower).
         down_copy: let the kernel keep a transposed copy of each down projection (a third of the
-            MLPs' memory, made at the first decode). Without it only rows of the up projection are
-            skipped, half of what could be.
+            MLPs' memory, made at the first decode). Without it the CPU kernel skips only rows of
+            the up projection, half of what could be, and a GPU runs dense matmuls.
 
     Raises:
         CatsparseError: the model is dense, the backend is unknown, or it cannot run here.
@@ -144,7 +144,7 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
         for name, module in modules.items():
             reason = None if asked is Backend.TORCH else module.why_not_raw()
             if reason is None and asked is not Backend.TORCH:
-                choice = module.choose_backend(asked)
+                choice = module.choose_backend(asked, down_copy)
                 reason = None if choice.backend is asked else choice.reason
             if reason is not None:
                 raise CatsparseError(f"{name} cannot run the backend {backend}: {reason}; use auto")
@@ -230,7 +230,7 @@ def _path(module: SparseMLP) -> str:
     reason = module.why_not_raw()
     if reason is not None:
         return f"masked children ({reason})"
-    choice = module.choose_backend(module.catsparse_backend)
+    choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
     if not choice.kernel_tokens:
         return _words(choice)
     skipped = (
