@@ -374,7 +374,14 @@ def test_bytes_of_a_token_leave_out_an_embedding_that_is_only_looked_up() -> Non
     assert tied[1] == sum(p.numel() * 4 for mlp in mlps for p in mlp.parameters())
 
 
-# The plot
+def test_a_graph_meets_every_layer_equally_often() -> None:
+    for layers in (1, 2, 5, 7, 24, 25, 100):
+        calls = op.graph_calls(layers)
+        assert calls % layers == 0
+        assert calls >= op.GRAPH_CALLS
+
+
+# The plots
 
 
 @pytest.mark.usefixtures("small_cache")

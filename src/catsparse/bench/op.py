@@ -148,10 +148,15 @@ def _timer(setup: Setup, variants: Sequence[Variant]) -> Callable[[int, int], fl
     return take
 
 
+def graph_calls(layers: int) -> int:
+    """Calls of one graph: every layer equally often, and enough to hide the graph's own start."""
+    return -(-max(GRAPH_CALLS, layers) // layers) * layers
+
+
 def _graph_timer(setup: Setup, variants: Sequence[Variant]) -> Callable[[int, int], float]:
     """(place of a variant, round) -> seconds of a call, from a graph of calls on every layer."""
     count = len(setup.layers)
-    calls = -(-max(GRAPH_CALLS, count) // count) * count
+    calls = graph_calls(count)
 
     def work(variant: Variant) -> None:
         for number in range(calls):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CatsparseError
 from ..kernels.cuda import Plan, find_plan, launch, why_not_cuda, why_not_sizes
 from .gpu import capture, gpu_seconds
-from .op import INPUTS, Setup
+from .op import INPUTS, Setup, graph_calls
 from .rows import TOLERANCE, commit, device_name, quantiles, versions
 from .shapes import Shape
 
@@ -99,7 +99,7 @@ def bench_tune(
             advance()
         for round_number in range(rounds + 1):
             for entry in timed:
-                took = gpu_seconds(entry.graph.replay) / len(layers)
+                took = gpu_seconds(entry.graph.replay) / graph_calls(len(layers))
                 if round_number:  # the first round warms up
                     entry.seconds.append(took)
             advance()
@@ -111,8 +111,8 @@ def _prepare(
 ) -> _Timed:
     thresholds = setup.thresholds(sparsity)
 
-    def call(layer: int, plan: Plan | None) -> Tensor:
-        x = setup.inputs[layer % INPUTS]
+    def call(number: int, plan: Plan | None) -> Tensor:
+        layer, x = number % len(layers), setup.inputs[number % INPUTS]
         return launch(x, *layers[layer], thresholds[layer], setup.shape.act, plan=plan)
 
     expected, y = call(0, None).float(), call(0, plan).float()
@@ -121,8 +121,8 @@ def _prepare(
         raise CatsparseError(f"{plan} differs from the rule's result by {error:.2g}")
 
     def work() -> None:
-        for layer in range(len(layers)):
-            call(layer, plan)
+        for number in range(graph_calls(len(layers))):
+            call(number, plan)
 
     work()
     return _Timed(plan, sparsity, capture(work, str(plan)), thresholds)
