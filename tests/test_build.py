@@ -185,6 +185,21 @@ def test_a_corrupt_library_is_compiled_again(
     assert list(cache.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_library_cut_short_is_compiled_again(
+    share: float, source: Path, cache: Path, compiler: Compiler
+) -> None:
+    assert answer(load(source)) == 42
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.unlink()  # not in place: this process has it mapped
+    path.write_bytes(whole[: int(share * len(whole))])
+    out, err = process(source).communicate()
+    assert out.startswith("42 "), err
+    assert compiler.compiled == 2
+    assert path.stat().st_size == len(whole)
+
+
 # Where
 
 

@@ -31,6 +31,7 @@ log = logging.getLogger("catsparse")
 # on every machine that rounds alike.
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 _TIMEOUT = 120.0
+_SECTION_HEADERS = ((40, 48), (58, 60), (60, 62))  # e_shoff, e_shentsize, e_shnum of an ELF header
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _compile(source: Path, compiler: list[str], path: Path) -> None:
     try:
         command = [*compiler, *FLAGS, *target_flags(), "-shared", "-fPIC"]
         _run([*command, str(source), "-o", name, "-lm"])
+        with open(name, "rb") as written:
+            os.fsync(written.fileno())  # or a crash may leave the name without the content
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -159,10 +162,23 @@ def _run(command: list[str]) -> str:
 def _load(path: Path) -> ctypes.CDLL | None:
     _load_openmp_of_torch()
     try:
+        if _is_cut_short(path):
+            raise OSError("it is cut short")
         return ctypes.CDLL(str(path))
     except OSError as error:
         log.info("%s does not load (%s); compiling it again", path, error)
         return None
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers, which stand last: the loader would map
+    it all the same, and the first touch of what is missing ends the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:  # 64 bits, little-endian
+        return False
+    start, size, number = (int.from_bytes(head[a:b], "little") for a, b in _SECTION_HEADERS)
+    return path.stat().st_size < start + size * number
 
 
 @functools.cache
