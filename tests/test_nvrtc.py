@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +63,26 @@ def test_what_does_not_compile_says_where(tmp_path: Path) -> None:
     source.write_text("__global__ void f() { nonsense(); }\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r'wrong\.cu.*identifier "nonsense" is undefined'):
         nvrtc.compile_source(source, (), "sm_90")
+
+
+class Argument(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_int)]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_the_driver_is_told(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``early`` no attribute: an older GPU would not know it."""
+    told: list[tuple[int, ...]] = []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config: Any, function: Any, arguments: Any, extra: Any) -> int:
+            c = config._obj
+            told.append((c.grid_x, c.grid_y, c.block_x, c.block_z, c.shared, c.stream, c.count))
+            told.append((c.attributes[0].id, c.attributes[0].value[0]))
+            told.append((ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0],))
+            return 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    nvrtc.Kernel(ctypes.c_void_p(1), 288, 1000).launch(5, Argument(42), 7, early=early)
+    assert told == [(5, 1, 288, 1, 1000, 7, int(early)), (6, 1), (42,)]

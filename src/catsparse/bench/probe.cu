@@ -11,9 +11,6 @@ struct Read {
 #define AT_ONCE 4
 
 extern "C" __global__ void __launch_bounds__(THREADS) read_once(const __grid_constant__ Read p) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     unsigned sum = 0;
     long long step = (long long)gridDim.x * THREADS * AT_ONCE;
     long long begin = (long long)blockIdx.x * THREADS * AT_ONCE + threadIdx.x;

@@ -92,8 +92,8 @@ def gated_mlp(
         act: ``silu``, ``gelu_tanh``, ``gelu`` or ``relu``.
         mean: ``[I]`` fp32, stands in for a dropped neuron's g_i u_i; give ``bias`` with it.
         bias: ``[H_out]`` fp32, w_down @ mean.
-        backend: which kernel runs if it takes the call: ``auto`` (the device's fastest) or
-            ``triton`` (on a GPU, instead of the CUDA kernel).
+        backend: on a GPU, ``auto`` (the fastest for so many tokens), ``cuda`` (the CUDA kernel for
+            any number of them) or ``triton``, if it takes the call; a CPU has one kernel only.
 
     Returns:
         ``[..., H_out]`` in x's dtype.

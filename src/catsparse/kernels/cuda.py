@@ -228,8 +228,8 @@ def launch(
     )
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        built.main.launch(built.blocks, problem, stream)
-        built.sum.launch(-(-tokens * columns // _SUM_COLUMNS), total, stream)
+        built.main.launch(built.blocks, problem, stream, early=True)
+        built.sum.launch(-(-tokens * columns // _SUM_COLUMNS), total, stream, early=True)
     return y
 
 

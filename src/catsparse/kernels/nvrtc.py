@@ -51,20 +51,24 @@ class Kernel:
     threads: int
     shared: int
 
-    def launch(self, blocks: int, argument: ctypes.Structure, stream: int) -> None:
-        """Launch on a stream's handle; it may start before what is ahead of it has ended.
+    def launch(
+        self, blocks: int, argument: ctypes.Structure, stream: int, early: bool = False
+    ) -> None:
+        """Launch on a stream's handle.
 
-        The kernel itself waits for that (griddepcontrol.wait) before it touches memory.
+        Args:
+            early: start before what is ahead has ended. From Hopper on, and only for a kernel that
+                waits for that by itself (griddepcontrol.wait) before it touches memory.
 
         Raises:
             RuntimeError: the driver refuses the launch.
         """
-        early = _Attribute(_LAUNCH_EARLY, 0)
-        early.value[0] = 1
+        attribute = _Attribute(_LAUNCH_EARLY, 0)
+        attribute.value[0] = 1
         config = _Config(
             *(blocks, 1, 1, self.threads, 1, 1, self.shared, stream),
-            ctypes.pointer(early),
-            1,
+            ctypes.pointer(attribute),
+            int(early),
         )
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None))
