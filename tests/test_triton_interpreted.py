@@ -169,7 +169,7 @@ def test_the_plans_of_long_rows(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_mask(dtype: torch.dtype, act: str) -> None:
     torch.manual_seed(0)
-    z, u = (torch.randn(5, 213).to(dtype) for _ in range(2))
+    z, u = torch.randn(5, 213), torch.randn(5, 213).to(dtype)
     mean, each = torch.randn(213), torch.rand(213)
     g = ACTIVATIONS[act](z.double())
     for threshold in (torch.tensor(-1.0), torch.tensor(0.31), torch.tensor(INFINITY), each):

@@ -8,7 +8,7 @@ import torch
 from catsparse import CatsparseError, bench
 from catsparse.bench import tune
 from catsparse.kernels import cuda
-from catsparse.kernels.cuda import Plan, find_plan, group_size
+from catsparse.kernels.cuda import Plan, auto_tokens, find_plan, group_size
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,9 @@ def test_the_rule_on_known_shapes() -> None:
 
 def test_groups_shrink_with_the_row() -> None:
     assert [group_size(row) for row in (16, 16384, 32768, 65536)] == [4, 4, 2, 1]
+    rows = (8192, 16384, 32768, 65536)
+    assert [auto_tokens(torch.bfloat16, row) for row in rows] == [4, 4, 2, 1]
+    assert [auto_tokens(torch.float32, row) for row in rows] == [8, 8, 2, 1]
 
 
 def test_sizes_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

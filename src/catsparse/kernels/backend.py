@@ -9,7 +9,7 @@ import torch
 
 from .cpu import DTYPES, cpu_library
 from .cuda import AUTO_TOKENS as AUTO_TOKENS_CUDA
-from .cuda import why_not_cuda, why_not_sizes
+from .cuda import auto_tokens, why_not_cuda, why_not_sizes
 from .reference import MAX_OP_TOKENS
 from .triton import why_not_triton
 
@@ -68,6 +68,8 @@ def choose_backend(
         if asked is Backend.CUDA or reason is not None:
             return _asked_for(Backend.CUDA, reason)
         tokens = AUTO_TOKENS_CUDA[dtype]
+        if sizes is not None:
+            tokens = auto_tokens(dtype, max(sizes[0], sizes[2]) * dtype.itemsize)
         return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens")
     if device.type != "cpu":
         return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")

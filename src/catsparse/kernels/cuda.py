@@ -28,9 +28,9 @@ from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped: measured
-# in bf16 by `catsparse bench op` on an H200 (docs/kernels.md). The others have no more sums a byte.
-AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4}
+# The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped, measured
+# by `catsparse bench op` on an H200 (docs/kernels.md): one launch, in fp32 two.
+AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
 MOST_NEURONS = 2**24  # a list entry holds the neuron and four bits
 MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -133,6 +133,12 @@ def group_size(row_bytes: int) -> int:
     return max(1, min(4, MOST_PIECES * _PIECE // row_bytes))
 
 
+def auto_tokens(dtype: torch.dtype, row_bytes: int) -> int:
+    """Calls of up to so many tokens run cuda.cu by themselves, longer ones dense matmuls."""
+    group = group_size(row_bytes)
+    return AUTO_TOKENS[dtype] if group == 4 else group
+
+
 def find_plan(row_bytes: int, tokens: int) -> Plan:
     """The plan for rows of so many bytes and calls of 1, 2 or 4 tokens."""
     pieces = -(-row_bytes // _PIECE)
@@ -156,13 +162,14 @@ def gated_mlp_cuda(
 ) -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for CUDA tensors, skipping what is dropped.
 
-    Backend ``auto`` runs dense matmuls for more than ``AUTO_TOKENS``; ``cuda`` and ``triton`` run
+    Backend ``auto`` runs dense matmuls above :func:`auto_tokens`; ``cuda`` and ``triton`` run
     their kernel for any number, in groups of four or fewer, each with its own union of masks.
     """
     arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
     run: Callable[..., Tensor]
     if backend != "triton" and why_not_cuda(x.device) is None and _fits(*arguments):
-        many = x.numel() > AUTO_TOKENS[x.dtype] * x.shape[-1]
+        few = auto_tokens(x.dtype, _row_bytes(w_gate, w_down_t))
+        many = x.numel() > few * x.shape[-1]
         if backend == "auto" and many and why_not_triton(x.device) is None:
             return _masked_matmuls(*arguments)
         group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
@@ -243,9 +250,15 @@ def _masked_matmuls(
     mean: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Dense matmuls, with the mask in one pass between them; reads everything."""
-    h = mask_triton(F.linear(x, w_gate), F.linear(x, w_up), threshold, act, mean)
-    return F.linear(h, w_down_t.t(), None if bias is None else bias.to(x.dtype))
+    """Dense matmuls, with the mask in one pass between them; reads everything.
+
+    The gate stays in fp32, as rounded to bf16 it would be decided otherwise than by the kernel.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    gate = torch.mm(rows, w_gate.t(), out_dtype=torch.float32)
+    h = mask_triton(gate, F.linear(rows, w_up), threshold, act, mean)
+    y = F.linear(h, w_down_t.t(), None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:

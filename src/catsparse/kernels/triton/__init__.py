@@ -153,8 +153,8 @@ def mask_triton(z: Tensor, u: Tensor, threshold: Tensor, act: str, mean: Tensor 
     """|act(z)| > threshold ? act(z) u - mean : 0, in one pass; what a masked MLP's down gets.
 
     Args:
-        z: ``[..., I]`` gate before its activation, contiguous.
-        u: ``[..., I]`` up projection, contiguous, z's dtype; the result is written over it.
+        z: ``[..., I]`` gate before its activation, contiguous, of any dtype.
+        u: ``[..., I]`` up projection, contiguous; the result is written over it.
         threshold: fp32, 0-d or ``[I]``.
         mean: fp32 ``[I]`` or None.
     """
