@@ -25,6 +25,8 @@ from catsparse.kernels import cuda
 
 ORDERED = cuda.SOURCE
 STORE = "*(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);"
+ADD = """asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + at + e), "f"(v[0]),
+    "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");"""
 PLACE = "p.partial + ((long long)blockIdx.x * p.tokens + t) * p.columns"
 CALLS, ROUNDS = 16, 21
 
@@ -50,7 +52,7 @@ def atomic_source(folder: Path) -> Path:
     assert text.count(STORE) == 1
     assert text.count(PLACE) == 1
     assert text.count("p.parts;") == 1
-    text = text.replace(STORE, "for (int q = 0; q < 4; q++) atomicAdd(to + at + e + q, v[q]);")
+    text = text.replace(STORE, ADD)
     text = text.replace(PLACE, "p.partial + (long long)t * p.columns").replace("p.parts;", "1;")
     path = folder / ORDERED.name
     path.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from ..kernels.nvrtc import Kernel, compile_source, find_kernel, load_module
 _SOURCE = Path(__file__).with_name("probe.cu")
 _THREADS = 512  # probe.cu's
 _BLOCKS = 4  # a multiprocessor
+_HEAD_START = 300_000  # clocks, 150 to 200 µs: else the host's time to launch counts, too
 
 
 def capture(work: Callable[[], None], name: str) -> torch.cuda.CUDAGraph:
@@ -36,8 +37,9 @@ def capture(work: Callable[[], None], name: str) -> torch.cuda.CUDAGraph:
 
 
 def gpu_seconds(work: Callable[[], object]) -> float:
-    """Time on the current stream, by events."""
+    """Time on the current stream, by events; the GPU is kept busy until ``work`` is queued."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
     start.record()
     work()
     end.record()
