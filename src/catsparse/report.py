@@ -158,14 +158,17 @@ def _panels(
     rows: Sequence[dict[str, Any]], label: str, sharey: bool
 ) -> tuple[Any, list[tuple[Any, list[dict[str, Any]]]]]:
     """A figure, and for each panel its axis and its rows: a row of panels for each name, in it one
-    for each dtype and number of tokens."""
+    for each dtype and number of tokens; one row in all if there is one of those."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = sorted({(row["dtype"], row["tokens"]) for row in rows})
-    figure = _new_figure(width=3.6 * len(groups) + 0.6, height=2.9 * len(names) + 0.3)
-    axes = figure.subplots(len(names), len(groups), squeeze=False, sharey=sharey)
+    height, width = (len(names), len(groups)) if len(groups) > 1 else (1, len(names))
+    figure = _new_figure(width=3.6 * width + 0.6, height=2.9 * height + 0.3)
+    axes = figure.subplots(height, width, squeeze=False, sharey=sharey)
+    axes = axes.reshape(len(names), len(groups))
     panels = []
     for name, line in zip(names, axes, strict=True):
-        line[0].set_ylabel(label)
+        if height > 1 or name == names[0]:
+            line[0].set_ylabel(label)
         for axis, (dtype, tokens) in zip(line, groups, strict=True):
             key = (name, dtype, tokens)
             chosen = [row for row in rows if (row["name"], row["dtype"], row["tokens"]) == key]
