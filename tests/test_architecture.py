@@ -40,6 +40,7 @@ LAYERS = {
     "serve": 5,
     "vllm_plugin": 5,
     "report": 6,
+    "chat": 6,
     "demo": 7,
     "cli": 7,
     "__init__": 8,

@@ -7,10 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import tiny
 from catsparse import cli
+from catsparse.cli.common import summarize_paths
+from catsparse.kernels import Backend
+from catsparse.surgery import model_paths
+from catsparse.text import Written
 
 SMALL = ["--tokens", "4096", "--seq-len", "256"]
 
@@ -49,7 +56,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
     code, text, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("sparsify", "evaluate", "generate", "info", "plot", "demo"):
+    for command in ("sparsify", "evaluate", "generate", "chat", "info", "plot", "demo"):
         assert command in text
 
 
@@ -135,6 +142,63 @@ def test_generate_streams_and_compares(artifact: Path, capsys: pytest.CaptureFix
     assert streamed.strip() == ("The captain looked" + result["text"]).strip()
     _, dense, _ = run(capsys, "generate", "default", *prompt, "--json")
     assert json.loads(dense)["text"] == result["dense_text"]
+
+
+def test_generate_stats(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["-p", "The captain looked", "-n", "12", "--greedy"]
+    _, text, _ = run(capsys, "generate", artifact, *prompt, "--stats", "--compare", "--json")
+    result = json.loads(text)
+    assert result["prompt_tokens"] == 4
+    assert result["tokens"] == 12
+    assert 0 < result["seconds_to_first_token"] < 12 / result["tokens_per_second"]
+    assert result["decode_tokens_per_second"] > 0
+    assert result["dense_decode_tokens_per_second"] > 0
+    assert 0.3 < result["sparsity_min"] < result["sparsity"] < result["sparsity_max"] < 0.7
+    # Gate, up and down of 7 layers are 6,021,120 of the 9.5M weights that a step reads.
+    assert result["bytes_skipped_of_all"] < result["bytes_skipped"]
+    assert result["bytes_skipped"] in (pytest.approx(2 / 3 * result["sparsity"]), 0)
+    if result["bytes_skipped"]:
+        share = result["bytes_skipped_of_all"] / result["bytes_skipped"]
+        assert share == pytest.approx(6_021_120 / 9_479_360, rel=0.01)
+    assert json.loads(run(capsys, "info", artifact, "--json")[1])["decode"]["bfloat16"] in (
+        result["decode"].removesuffix(", reading kept rows of up and down")
+    )
+    shown = run(capsys, "generate", artifact, *prompt, "--stats")[1]
+    assert shown.startswith("The captain looked" + result["text"] + "\n")
+    for part in ("4 tokens, first token after", "by MLP)", "of all that a step reads", "decode by"):
+        assert part in shown
+
+
+def test_generate_stats_of_a_dense_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "generate", "-p", "The", "-n", "2", "--stats", "--json")
+    result = json.loads(text)
+    assert code == 0
+    assert "sparsity" not in result
+    assert result["decode_tokens_per_second"] is None  # of two tokens one is the prefill's
+    assert "too few" in run(capsys, "generate", "-p", "The", "-n", "2", "--stats")[1]
+
+
+def test_stats_of_experts_give_no_share_of_all(
+    sparse_llama: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token reads a few experts only, so what a step reads is not known."""
+    command = sys.modules["catsparse.cli.generate"]
+    found = Written("", tiny.tokens(1, 6)[0], 4, 1.0, (0.5, 0.75))
+    assert 0 <= command._measured(sparse_llama, found, True)["bytes_skipped_of_all"] < 1
+    sparse_llama.register_parameter("experts", torch.nn.Parameter(torch.zeros(2, 3, 4)))
+    stats = command._measured(sparse_llama, found, True)
+    assert stats["bytes_skipped_of_all"] is None
+    command._show_stats({"tokens": 2} | stats)
+    assert "of all" not in capsys.readouterr().out
+
+
+def test_paths_are_told_apart_where_they_differ(sparse_llama: Any) -> None:
+    paths = model_paths(sparse_llama)
+    one = paths["model.layers.0.mlp"].words
+    assert summarize_paths(paths) == one
+    sparse_llama.model.layers[1].mlp.set_backend(Backend.TORCH, True)
+    told = summarize_paths(model_paths(sparse_llama))
+    assert told == f"{one} in 1 of 2 MLPs; torch, dense matmuls (asked for) in 1 of 2 MLPs"
 
 
 def test_info_of_artifact_and_of_dense_model(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .errors import CatsparseError
 from .meter import achieved_sparsity
-from .modules import sparse_modules
 from .observation import evaluating
-from .surgery import run_dense
+from .surgery import run_dense, threshold_every_token
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,8 @@ def evaluate(
     if dense is None:
         with run_dense(model):
             dense = perplexity(model, windows, batch_size, progress, "scoring dense")
-    modules = sparse_modules(model).values()
-    policies = [module.catsparse_prefill for module in modules]
-    try:
-        for module in modules:
-            module.catsparse_prefill = "masked"
-        with achieved_sparsity(model) as meter:
-            sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
-    finally:
-        for module, policy in zip(modules, policies, strict=True):
-            module.catsparse_prefill = policy
+    with threshold_every_token(model), achieved_sparsity(model) as meter:
+        sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
     rise = sparse.value / dense.value
     return Evaluation(
         tokens=windows.shape[0] * (windows.shape[1] - 1),

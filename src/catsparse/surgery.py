@@ -117,6 +117,19 @@ def run_dense(model: nn.Module) -> Iterator[None]:
             module.catsparse_enabled = enabled
 
 
+@contextmanager
+def threshold_every_token(model: nn.Module) -> Iterator[None]:
+    """Threshold every token inside the ``with`` block, whatever the prefill policy."""
+    before = {module: module.catsparse_prefill for module in sparse_modules(model).values()}
+    try:
+        for module in before:
+            module.catsparse_prefill = "masked"
+        yield
+    finally:
+        for module, policy in before.items():
+            module.catsparse_prefill = policy
+
+
 def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True) -> None:
     """Choose how the sparse layers of ``model`` decode (calls of at most 16 tokens).
 
@@ -193,14 +206,14 @@ def state_of(model: Any) -> SparseState:
 
 def explain(model: nn.Module) -> str:
     """How each gated MLP of ``model`` runs, and why near misses were left dense; one line each."""
-    sparse = sparse_modules(model)
+    sparse, paths = sparse_modules(model), model_paths(model)
     lines = []
     for name, module in sparse.items():
         threshold = module.catsparse_threshold
         kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
         if module.catsparse_mean is not None:
             kind += ", compensated"
-        lines.append(f"{name}: sparse, {kind}; decode by {_path(module)}")
+        lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
     sites, misses = find_sites(model)
     sites = [site for site in sites if site.name not in sparse]
     lines += [f"{site.name}: dense gated MLP ({site.act})" for site in sites]
@@ -208,6 +221,20 @@ def explain(model: nn.Module) -> str:
     if misses:
         lines.append(f"refused: {describe(misses, limit=20)}")
     return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """How a sparse MLP decodes, in words; ``skips`` is the share of a dropped neuron's rows of up
+    and down that are then left unread."""
+
+    words: str
+    skips: float
+
+
+def model_paths(model: nn.Module) -> dict[str, DecodePath]:
+    """The path that decode takes in each sparse MLP of ``model``, by name."""
+    return {name: _path(module) for name, module in sparse_modules(model).items()}
 
 
 def decode_paths() -> dict[str, str]:
@@ -226,19 +253,19 @@ def _words(choice: Choice) -> str:
     return f"the {choice.backend.value} kernel ({choice.reason})"
 
 
-def _path(module: SparseMLP) -> str:
+def _path(module: SparseMLP) -> DecodePath:
     reason = module.why_not_raw()
     if reason is not None:
-        return f"masked children ({reason})"
+        return DecodePath(f"masked children ({reason})", 0.0)
     choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
     if not choice.kernel_tokens:
-        return _words(choice)
-    skipped = (
-        "kept rows of up and down"
+        return DecodePath(_words(choice), 0.0)
+    skipped, share = (
+        ("kept rows of up and down", 1.0)
         if module.catsparse_down_copy
-        else "kept rows of up, all of down (no copy)"
+        else ("kept rows of up, all of down (no copy)", 0.5)
     )
-    return f"{_words(choice)}, reading {skipped}"
+    return DecodePath(f"{_words(choice)}, reading {skipped}", share)
 
 
 def base_model_of(model: Any) -> BaseModel | None:

@@ -2,27 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from .errors import CatsparseError
+from .meter import achieved_sparsity
+from .modules import sparse_modules
+from .surgery import model_paths, threshold_every_token
+
+Show = Callable[[str], None]
+
+# Tokens decoded again with each new one: enough to know its spaces and to complete a character.
+_WINDOW = 6
 
 
 @dataclass(frozen=True)
 class Written:
-    """Generated text (without the prompt) and how fast it came, prefill included."""
+    """Generated text (without the prompt) and how fast it came.
+
+    Attributes:
+        ids: ``[T]``, the prompt's tokens and the new ones.
+        seconds: of the whole call, prefill included.
+        times: seconds from the call to each new token.
+        interrupted: Ctrl-C ended it.
+    """
 
     text: str
-    tokens: int
-    tokens_per_second: float
+    ids: Tensor
+    prompt_tokens: int
+    seconds: float
+    times: tuple[float, ...]
+    interrupted: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill included."""
+        return self.tokens / self.seconds
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        """Prefill; None if no token came."""
+        return self.times[0] if self.times else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Without the prefill and without the first decode step, in which kernels may be built and
+        weights copied; None below three tokens."""
+        if len(self.times) < 3:
+            return None
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a sparse model dropped on a text.
+
+    Attributes:
+        sparsity: fraction of neurons dropped over all MLPs; ``lowest`` and ``highest`` of any one.
+        bytes_skipped: fraction of the MLPs' weight bytes that one-token decode leaves unread on
+            the path it takes here: 0 where that is torch's dense matmuls.
+    """
+
+    sparsity: float
+    lowest: float
+    highest: float
+    bytes_skipped: float
 
 
 class TextGenerator:
-    """``model.generate`` with one set of options, the same seed for every prompt."""
+    """``generate`` with one set of options, the same seed for every prompt."""
 
     def __init__(
         self,
@@ -39,8 +98,8 @@ class TextGenerator:
             raise CatsparseError("temperature must be above 0; use --greedy for the likeliest text")
         if top_p is not None and not 0 < top_p <= 1:
             raise CatsparseError(f"top-p must be above 0 and at most 1, not {top_p}")
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.options: dict[str, Any] = {"max_new_tokens": tokens}
+        self.model, self.tokenizer, self.tokens, self.seed = model, tokenizer, tokens, seed
+        self.options: dict[str, Any] = {"num_beams": 1}  # a streamer follows one beam only
         if greedy:
             self.options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif temperature is not None or top_p is not None:
@@ -48,18 +107,125 @@ class TextGenerator:
             self.options |= {} if temperature is None else {"temperature": temperature}
             self.options |= {} if top_p is None else {"top_p": top_p}
 
-    def write(self, prompt: str, stream: bool = False) -> Written:
-        """Continue ``prompt``; with ``stream`` also print it to stdout as it comes."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-        length = inputs["input_ids"].shape[1]
-        if length == 0:
+    def write(self, prompt: str, show: Show | None = None) -> Written:
+        """Continue ``prompt``; ``show`` gets the new text as it comes."""
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if ids.shape[1] == 0:
             raise CatsparseError("the prompt is empty; give some text")
-        inputs.pop("token_type_ids", None)
-        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
+        return self.write_ids(ids, show)
+
+    def write_ids(
+        self,
+        ids: Tensor,
+        show: Show | None = None,
+        tokens: int | None = None,
+        keep_partial: bool = False,
+    ) -> Written:
+        """Continue the token ids ``[1, T]``.
+
+        Args:
+            show: gets the new text as it comes.
+            tokens: the most new tokens, if not the generator's own number.
+            keep_partial: Ctrl-C ends the text instead of being raised.
+        """
+        ids = ids.to(self.model.device)
         torch.manual_seed(self.seed)
-        start = time.perf_counter()
-        ids = self.model.generate(**inputs, streamer=streamer, **self.options)
-        seconds = time.perf_counter() - start
-        new = ids[0, length:]
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return Written(text, len(new), len(new) / seconds)
+        stream = _Stream(self.tokenizer, ids[0].tolist(), show)
+        interrupted = False
+        try:
+            _generate(
+                self.model,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.tokens if tokens is None else tokens,
+                streamer=stream,
+                **self.options,
+            )
+        except KeyboardInterrupt:
+            if not keep_partial:
+                raise
+            interrupted = True
+        seconds = time.perf_counter() - stream.start
+        stream.flush()
+        return Written(
+            "".join(stream.pieces),
+            torch.tensor(stream.ids),
+            ids.shape[1],
+            seconds,
+            tuple(stream.times),
+            interrupted,
+        )
+
+
+def _generate(model: Any, ids: Tensor, **options: Any) -> Any:
+    """The one place where the command line generates."""
+    return model.generate(ids, **options)
+
+
+def measure(model: Any, ids: Tensor) -> Dropped:
+    """What the sparse ``model`` drops on ``ids`` ``[T]``, in one forward pass over all of them.
+
+    Counting needs the mask, which decode's kernels do not give, so counting while a text is
+    written would slow it: the finished text is run again, every token thresholded. The prompt's
+    tokens are counted with the others.
+    """
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # the head is not needed
+    with torch.no_grad(), threshold_every_token(model), achieved_sparsity(model) as meter:
+        model(input_ids=ids[None].to(model.device), **options)
+    sites, paths = meter.sites, model_paths(model)
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in sparse_modules(model).items()
+        if name in sites
+    }
+    skipped = sum(2 / 3 * sites[name] * paths[name].skips * size for name, size in sizes.items())
+    shares = sites.values()
+    return Dropped(meter.sparsity, min(shares), max(shares), skipped / sum(sizes.values()))
+
+
+class _Stream(BaseStreamer):  # type: ignore[misc]
+    """Keeps every token with its time, and shows the text as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], show: Show | None) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.ids = list(prompt)
+        self.times: list[float] = []
+        self.pieces: list[str] = []
+        self.start = time.perf_counter()
+        self._prompt_comes = True  # generate sends the prompt first
+        # Text up to _read is shown; from _from on it is decoded again, as context.
+        self._from, self._read = max(len(prompt) - _WINDOW, 0), len(prompt)
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_comes:
+            self._prompt_comes = False
+            return
+        new = value.flatten().tolist()
+        now = time.perf_counter() - self.start
+        self.ids += new
+        self.times += [now] * len(new)
+        self._advance(whole=True)
+
+    def end(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        """Show what is left, even half a character."""
+        self._advance(whole=False)
+
+    def _advance(self, whole: bool) -> None:
+        before = self._decode(self.ids[self._from : self._read])
+        after = self._decode(self.ids[self._from :])
+        piece = after[len(before) :]
+        if not piece or (whole and after.endswith("\ufffd")):
+            return
+        self._from, self._read = max(len(self.ids) - _WINDOW, self._from), len(self.ids)
+        self.pieces.append(piece)
+        if self.show is not None:
+            self.show(piece)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text

@@ -14,6 +14,7 @@ import typer
 from .._version import __version__
 from ..errors import CatsparseError
 from .bench import bench
+from .chat import chat
 from .common import err
 from .demo import demo
 from .evaluate import evaluate
@@ -52,7 +53,7 @@ def _main(
     _debug = debug
 
 
-for command in (sparsify, evaluate, generate, info, plot, demo):
+for command in (sparsify, evaluate, generate, chat, info, plot, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

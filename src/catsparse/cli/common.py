@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,14 @@ def token_windows(
     if data is not None and windows.numel() < tokens // seq_len * seq_len:
         err.print(f"{data} holds only {windows.numel():,} tokens of the {tokens:,} asked for")
     return windows, data or f"the bundled {bundled} text"
+
+
+def summarize_paths(paths: dict[str, Any]) -> str:
+    """The words of :func:`catsparse.surgery.model_paths`, once where all MLPs agree."""
+    counts: Counter[str] = Counter(path.words for path in paths.values())
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{words} in {n} of {len(paths)} MLPs" for words, n in counts.items())
 
 
 def _quiet_transformers() -> None:
