@@ -12,6 +12,7 @@ import catsparse
 from catsparse import hub
 from catsparse.data import load_windows
 from catsparse.kernels import cuda, gated_mlp
+from catsparse.kernels.stream import whole_pieces
 from gpu_op import TOLERANCE, Case
 
 pytestmark = [
@@ -107,7 +108,7 @@ def test_weights_between_pieces_run_elsewhere() -> None:
     case = Case(torch.bfloat16, 256, 300, 256, "silu", 1)
     odd = torch.zeros(1 + 300 * 256, device="cuda", dtype=case.dtype)[1:].view(300, 256)
     odd.copy_(case.weights[1])
-    assert not cuda._whole_pieces(odd)
+    assert not whole_pieces(odd)
     case.weights = (case.weights[0], odd, case.weights[2])
     assert case.error(case.call(case.cut(0.5), False), case.cut(0.5), False) < 8e-3
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from catsparse.bench import gpu
-from catsparse.kernels import cuda, nvrtc
+from catsparse.kernels import attention, cuda, linear, nvrtc, stream
 
 
 @pytest.fixture(autouse=True)
@@ -26,23 +26,43 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def defines(tokens: int, hidden: int, dtype: torch.dtype, act: str) -> tuple[tuple[str, str], ...]:
     pieces = -(-hidden * dtype.itemsize // 16)
-    plan = cuda.find_plan(hidden * dtype.itemsize, tokens)
+    plan = stream.find_plan(hidden * dtype.itemsize, tokens)
     columns = -(-pieces // plan.threads)
     return cuda._defines(dtype, act, tokens, plan, columns, pieces == plan.threads * columns)
 
 
 @pytest.mark.parametrize("hidden", [4096, 576])
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
 def test_the_kernel_compiles(dtype: torch.dtype, hidden: int) -> None:
     for tokens, act in ((1, "silu"), (2, "gelu_tanh"), (4, "gelu"), (4, "relu")):
-        code = nvrtc.compile_source(cuda.SOURCE, defines(tokens, hidden, dtype, act), "sm_90")
+        code = cuda._compile(defines(tokens, hidden, dtype, act), "sm_90")
         assert code[:4] == b"\x7fELF"
         assert b"gated_mlp_sum" in code
 
 
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_linear_kernel_compiles(dtype: torch.dtype, tokens: int) -> None:
+    constants = stream.defines(dtype, tokens, stream.find_plan(8192, tokens), 2, False)
+    sources = (stream.NUMBERS, stream.STREAM, linear.SOURCE)
+    assert b"linear" in nvrtc.compile_source(sources, constants, "sm_90")
+
+
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
+@pytest.mark.parametrize("head", attention.HEAD_SIZES)
+def test_the_attention_kernel_compiles(dtype: torch.dtype, head: int) -> None:
+    for group in (1, 3, attention.MOST_GROUP):
+        if attention.why_not_attention(dtype, group, 1, head) is None:
+            constants = {"DTYPE": stream.DTYPES.index(dtype), "HEAD": head, "GROUP": group}
+            constants["THREADS"] = attention._threads(group)
+            defines = tuple((name, str(value)) for name, value in constants.items())
+            sources = (stream.NUMBERS, attention.SOURCE)
+            assert b"attention" in nvrtc.compile_source(sources, defines, "sm_90")
+
+
 def test_later_architectures() -> None:
     for arch in ("sm_100", "sm_120"):
-        assert nvrtc.compile_source(cuda.SOURCE, defines(1, 512, torch.bfloat16, "relu"), arch)
+        assert cuda._compile(defines(1, 512, torch.bfloat16, "relu"), arch)
 
 
 def test_a_gpu_that_the_compiler_does_not_know() -> None:
@@ -55,14 +75,14 @@ def test_a_gpu_that_the_compiler_does_not_know() -> None:
 
 def test_the_probe_compiles() -> None:
     for arch in ("sm_80", "sm_90"):
-        assert b"read_once" in nvrtc.compile_source(gpu._SOURCE, (), arch)
+        assert b"read_once" in nvrtc.compile_source((gpu._SOURCE,), (), arch)
 
 
 def test_what_does_not_compile_says_where(tmp_path: Path) -> None:
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void f() { nonsense(); }\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r'wrong\.cu.*identifier "nonsense" is undefined'):
-        nvrtc.compile_source(source, (), "sm_90")
+        nvrtc.compile_source((source,), (), "sm_90")
 
 
 class Argument(ctypes.Structure):

@@ -8,7 +8,8 @@ import torch
 from catsparse import CatsparseError, bench
 from catsparse.bench import tune
 from catsparse.kernels import cuda
-from catsparse.kernels.cuda import Plan, auto_tokens, find_plan, group_size
+from catsparse.kernels.cuda import auto_tokens
+from catsparse.kernels.stream import Plan, find_plan, group_size
 
 CPU = torch.device("cpu")
 

@@ -95,12 +95,10 @@ class SparseMLP(nn.Module):
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
             op = partial(gated_mlp, backend=self.catsparse_backend.value)
-            if self.catsparse_down_copy:
-                down_t = self._catsparse_down_t
-                if down_t is None and _may_copy(w_down):
-                    down_t = self._catsparse_down_t = w_down.detach().t().contiguous()
-                if down_t is not None:
-                    w_down_t = down_t
+            if self.catsparse_down_copy and (
+                self._catsparse_down_t is not None or _may_copy(w_down)
+            ):
+                w_down_t = self.down_transposed()
         return op(
             x,
             w_gate,
@@ -111,6 +109,14 @@ class SparseMLP(nn.Module):
             self.catsparse_mean,
             self.catsparse_bias,
         )
+
+    def down_transposed(self) -> Tensor:
+        """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once."""
+        down_t = self._catsparse_down_t  # read once: other threads may be decoding
+        if down_t is None:
+            weight: Tensor = getattr(self, self.site_down).weight
+            down_t = self._catsparse_down_t = weight.detach().t().contiguous()
+        return down_t
 
     def _op_applies(self, x: Tensor) -> bool:
         """Inference in one dtype that nobody is watching; a meter needs the mask."""

@@ -66,7 +66,7 @@ class ReadKernel:
         self.blocks = properties.multi_processor_count * _BLOCKS
         self.out = torch.empty(self.blocks, dtype=torch.int32, device=device)
         arch = f"sm_{properties.major}{properties.minor}"
-        module = load_module(compile_source(_SOURCE, (), arch), device)
+        module = load_module(compile_source((_SOURCE,), (), arch), device)
         self.kernel: Kernel = find_kernel(module, "read_once", _THREADS)
 
     def __call__(self) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CatsparseError
-from ..kernels.cuda import Plan, find_plan, launch, why_not_cuda, why_not_sizes
+from ..kernels.cuda import launch, why_not_cuda, why_not_sizes
+from ..kernels.stream import Plan, find_plan
 from .gpu import capture, gpu_seconds
 from .op import INPUTS, Setup, graph_calls
 from .rows import TOLERANCE, commit, device_name, quantiles, versions

@@ -13,32 +13,13 @@
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
  * results before they read or write anything.
  *
- * Built at run time (nvrtc.py, no headers) with these constants:
- *   DTYPE    0 bf16, 1 fp16, 2 fp32      ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
- *   TOKENS   tokens of a call at most    ROWS     rows of a stage, 1, 2, 4 ...
- *   THREADS  consumers, whole warps      COLUMNS  16-byte pieces of a row that a consumer owns
- *   CHUNKS   chunks of the decision      EVEN     whether rows are THREADS * COLUMNS pieces long
+ * Stands behind numbers.cuh and stream.cuh, and needs these constants more:
+ *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
+ *   CHUNKS   chunks of the decision
  */
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#if DTYPE == 2
-typedef float weight_t;
-#else
-typedef unsigned short weight_t;
-#endif
-
-#define SIZE ((int)sizeof(weight_t))
-#define VEC (16 / SIZE) /* elements of a piece */
-#define WARPS (THREADS / 32)
-#define PITCH (WARPS | 1) /* odd, so that rows of partial dots fall on different banks */
 #define TOKEN_BIT 24      /* of a list entry: below it the neuron, from it one bit a token */
 #define NEURON ((1 << TOKEN_BIT) - 1)
-#define MAX_STAGES 32
-#define ALL 0xffffffffu
-#define DEVICE static __device__ __forceinline__
-#define DEVICE_METHOD __device__ __forceinline__
 
 /* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
 struct Problem {
@@ -46,30 +27,10 @@ struct Problem {
     const float *threshold, *mean;
     float *partial; /* [blocks, tokens, columns] */
     long long gate_stride, up_stride, down_stride;
+    Norm norm; /* of x */
     int tokens, hidden, neurons, columns, threshold_stride, capacity, pitch, stages;
+    int early; /* whether rows may be read before the previous kernel has ended */
 };
-
-/* ---- numbers ------------------------------------------------------------------------------- */
-
-DEVICE float half_to_float(u32 bits) {
-    float value;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
-    return value;
-}
-
-DEVICE weight_t round_to_weight(float value) {
-#if DTYPE == 2
-    return value;
-#else
-    weight_t rounded;
-#if DTYPE == 0
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-#endif
-    return rounded;
-#endif
-}
 
 DEVICE float activate(float z) {
 #if ACT == 0
@@ -81,150 +42,6 @@ DEVICE float activate(float z) {
 #else
     return z < 0.0f ? 0.0f : z; /* not fmaxf, which hides NaN */
 #endif
-}
-
-DEVICE void unpack(uint4 piece, float (&v)[VEC]) {
-    u32 word[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-    for (int e = 0; e < VEC; e++) {
-#if DTYPE == 2
-        v[e] = __uint_as_float(word[e]);
-#elif DTYPE == 0
-        v[e] = __uint_as_float(e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16);
-#else
-        v[e] = half_to_float(e % 2 ? word[e / 2] >> 16 : word[e / 2] & 0xffffu);
-#endif
-    }
-}
-
-/* ---- barriers, copies, dependent launch ----------------------------------------------------- */
-
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64 *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
-                 : "memory");
-}
-
-DEVICE void barrier_arrive(u64 *b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
-}
-
-DEVICE void barrier_expect(u64 *b, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
-                 "r"(bytes)
-                 : "memory");
-}
-
-DEVICE void barrier_wait(u64 *b, u32 parity) {
-    asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(shared_address(b)),
-                 "r"(parity)
-                 : "memory");
-}
-
-DEVICE void copy_row(char *to, const weight_t *from, u32 bytes, u64 *b, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
-                 : "memory");
-}
-
-/* All consumers, not the producer. */
-DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-/* ---- the ring ------------------------------------------------------------------------------- */
-
-struct Ring {
-    char *data;
-    u64 *full, *empty;
-    int stages, pitch;
-    int stage = 0;
-    u32 parity = 0;
-
-    DEVICE_METHOD void advance() {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-    DEVICE_METHOD char *rows() const { return data + stage * (ROWS * pitch); }
-    DEVICE_METHOD void wait_full() const { barrier_wait(full + stage, parity); }
-    DEVICE_METHOD void release() { /* by every thread of a warp */
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
-        advance();
-    }
-    /* The producer's: rows row_of(0) .. row_of(n - 1) into the next stage. */
-    template <class RowOf>
-    DEVICE_METHOD void fill(int n, u32 bytes, u64 policy, RowOf row_of) {
-        barrier_wait(empty + stage, parity ^ 1);
-        barrier_expect(full + stage, n * bytes);
-        for (int i = 0; i < n; i++)
-            copy_row(rows() + i * pitch, row_of(i), bytes, full + stage, policy);
-        advance();
-    }
-};
-
-/* ---- dot products --------------------------------------------------------------------------- */
-
-/* Sums over a warp with as few exchanges as can be; lane l gets that of value l / (32 / ROWS). */
-DEVICE float warp_sums(float (&v)[ROWS], int lane) {
-#pragma unroll
-    for (int n = ROWS / 2, off = 16; n >= 1; n /= 2, off /= 2)
-#pragma unroll
-        for (int i = 0; i < n; i++) {
-            bool upper = lane & off;
-            float mine = upper ? v[i + n] : v[i], other = upper ? v[i] : v[i + n];
-            v[i] = mine + __shfl_xor_sync(ALL, other, off);
-        }
-#pragma unroll
-    for (int off = 16 / ROWS; off >= 1; off /= 2) v[0] += __shfl_xor_sync(ALL, v[0], off);
-    return v[0];
-}
-
-/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last. */
-DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
-                     const float (&xs)[TOKENS][COLUMNS * VEC], float *dots) {
-    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    for (int k0 = first; k0 < last; k0 += ROWS) {
-        ring.wait_full();
-        const char *rows = ring.rows() + tid * 16;
-        float v[TOKENS][ROWS] = {};
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            if (!EVEN && (tid + c * THREADS) * VEC >= hidden) break;
-            uint4 piece[ROWS];
-#pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                piece[i] = *(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16);
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                float w[VEC];
-                unpack(piece[i], w);
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                    for (int e = 0; e < VEC; e++) v[t][i] += w[e] * xs[t][c * VEC + e];
-            }
-        }
-        ring.release();
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            float sum = warp_sums(v[t], lane);
-            int k = k0 + lane / (32 / ROWS);
-            if (lane % (32 / ROWS) == 0 && k < last) dots[(k * TOKENS + t) * PITCH + warp] = sum;
-        }
-    }
-}
-
-DEVICE float dot_of(const float *dots, int k, int t) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += dots[(k * TOKENS + t) * PITCH + w];
-    return sum;
 }
 
 /* ---- the kernels ---------------------------------------------------------------------------- */
@@ -251,10 +68,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    wait_for_previous();
 
     if (warp == WARPS) { /* ---- the producer ---- */
         if (lane) return;
+        if (!p.early) wait_for_previous();
         u64 policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         u32 bytes = p.hidden * SIZE, down_bytes = p.columns * SIZE;
@@ -277,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
 
     /* ---- the consumers ---- */
+    wait_for_previous();
     float bounds[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -285,18 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         bounds[c] = live ? p.threshold[(first + k) * (long long)p.threshold_stride] : 0.0f;
     }
     float xs[TOKENS][COLUMNS * VEC];
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            int at = (tid + c * THREADS) * VEC;
-            uint4 piece = {0, 0, 0, 0};
-            if (at < p.hidden && t < p.tokens) piece = *(const uint4 *)(p.x + t * p.hidden + at);
-            float v[VEC];
-            unpack(piece, v);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) xs[t][c * VEC + e] = v[e];
-        }
+    load_x(p.x, p.tokens, p.hidden, p.norm, xs);
 
     int kept = 0;
 #pragma unroll
@@ -388,6 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 /* Sum of cuda.py. */
 struct Sum {
     const float *partial, *bias;
+    const weight_t *residual; /* added to the result, or null */
     weight_t *y;
     int parts, tokens, columns;
 };
@@ -415,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(256) gated_mlp_sum(const __grid_con
         float y = p.bias ? p.bias[to % p.columns] : 0.0f;
 #pragma unroll
         for (int i = 0; i < 32; i++) y += flat[i * 32 + threadIdx.x];
+        if (p.residual) y = to_float(p.residual[to]) + rounded(y);
         p.y[to] = round_to_weight(y);
     }
 }

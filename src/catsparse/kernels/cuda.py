@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,35 +22,36 @@ from torch import Tensor
 from .arguments import belong_together
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
 from .reference import ACTIVATIONS, gated_mlp_reference
+from .stream import (
+    DTYPES,
+    MOST_PIECES,
+    NUMBERS,
+    PIECE,
+    STREAM,
+    Norm,
+    NormArgument,
+    Plan,
+    arch,
+    defines,
+    find_plan,
+    group_size,
+    shared_bytes,
+    stage_count,
+    template,
+    whole_pieces,
+)
 from .triton import MAX_TOKENS as TRITON_TOKENS
 from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
 SOURCE = Path(__file__).with_name("cuda.cu")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The most tokens for which cuda.cu beats torch's dense matmuls even if nothing is dropped, measured
 # by `catsparse bench op` on an H200 (docs/kernels.md): one launch, in fp32 two.
 AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
 MOST_NEURONS = 2**24  # a list entry holds the neuron and four bits
-MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_PIECE = 16  # bytes
-_MAX_STAGES = 32  # cuda.cu's
 # Shared memory left to the second kernel, so that its blocks can wait beside the first one's.
 _LEFT = 8192
 _SUM_COLUMNS, _SUM_THREADS = 32, 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How cuda.cu cuts up its work; found by ``catsparse bench tune`` (docs/kernels.md).
-
-    Attributes:
-        threads: consumers of a block. rows: rows of a stage. chunks: chunks of the decision.
-    """
-
-    threads: int
-    rows: int
-    chunks: int
 
 
 class _Problem(ctypes.Structure):
@@ -61,8 +61,10 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down_t")),
         *((name, ctypes.c_void_p) for name in ("threshold", "mean", "partial")),
         *((name, ctypes.c_longlong) for name in ("gate_stride", "up_stride", "down_stride")),
+        ("norm", NormArgument),
         *((name, ctypes.c_int) for name in ("tokens", "hidden", "neurons", "columns")),
         *((name, ctypes.c_int) for name in ("threshold_stride", "capacity", "pitch", "stages")),
+        ("early", ctypes.c_int),
     ]
 
 
@@ -70,7 +72,7 @@ class _Sum(ctypes.Structure):
     """``Sum`` of cuda.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("partial", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("parts", "tokens", "columns")),
     ]
 
@@ -94,59 +96,35 @@ def why_not_cuda(device: torch.device) -> str | None:
     reason = why_not_nvrtc()
     if reason is None and torch.cuda.get_device_capability(device) < (9, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 9.0"
-    return reason or _why_not_compiled(_arch(device))
+    return reason or _why_not_compiled(arch(device))
 
 
 @functools.cache
-def _why_not_compiled(arch: str) -> str | None:
+def _why_not_compiled(target: str) -> str | None:
     """Whether this NVRTC knows the GPU at all: found out here, not in the middle of a call."""
     try:
-        compile_source(SOURCE, _defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True), arch)
+        _compile(_defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True), target)
     except RuntimeError as error:
-        return f"cuda.cu does not compile for {arch}: {str(error).splitlines()[0]}"
+        return f"cuda.cu does not compile for {target}: {str(error).splitlines()[0]}"
     return None
 
 
-def _arch(device: torch.device) -> str:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+def _compile(constants: tuple[tuple[str, str], ...], target: str) -> bytes:
+    return compile_source((NUMBERS, STREAM, SOURCE), constants, target)
 
 
 def _defines(
     dtype: torch.dtype, act: str, tokens: int, plan: Plan, columns: int, even: bool
 ) -> tuple[tuple[str, str], ...]:
     """The constants of cuda.cu."""
-    constants = {
-        "DTYPE": DTYPES.index(dtype),
-        "ACT": _ACTIVATION_NUMBERS[act],
-        "TOKENS": tokens,
-        "THREADS": plan.threads,
-        "COLUMNS": columns,
-        "ROWS": plan.rows,
-        "CHUNKS": plan.chunks,
-        "EVEN": int(even),
-    }
-    return tuple((name, str(value)) for name, value in constants.items())
-
-
-def group_size(row_bytes: int) -> int:
-    """Tokens of one launch at most: 4, fewer for long rows, as their sums stay in registers."""
-    return max(1, min(4, MOST_PIECES * _PIECE // row_bytes))
+    number = _ACTIVATION_NUMBERS[act]
+    return defines(dtype, tokens, plan, columns, even, ACT=number, CHUNKS=plan.chunks)
 
 
 def auto_tokens(dtype: torch.dtype, row_bytes: int) -> int:
     """Calls of up to so many tokens run cuda.cu by themselves, longer ones dense matmuls."""
     group = group_size(row_bytes)
     return AUTO_TOKENS[dtype] if group == 4 else group
-
-
-def find_plan(row_bytes: int, tokens: int) -> Plan:
-    """The plan for rows of so many bytes and calls of 1, 2 or 4 tokens."""
-    pieces = -(-row_bytes // _PIECE)
-    # A consumer holds its columns of x and of the output for each token in registers.
-    most = 256 if pieces * tokens <= 1024 else 512
-    columns = -(-pieces // most)
-    threads = -(-pieces // (32 * columns)) * 32
-    return Plan(threads, rows=2 if pieces * tokens > 2048 else 4, chunks=3)
 
 
 def gated_mlp_cuda(
@@ -195,18 +173,28 @@ def launch(
     mean: Tensor | None = None,
     bias: Tensor | None = None,
     plan: Plan | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
-    """cuda.cu on ``[T, H]``, T at most :func:`group_size`, by the rule's plan or another."""
+    """cuda.cu on ``[T, H]``, T at most :func:`group_size`.
+
+    Args:
+        plan: another than the rule's. norm: of x, on its way in.
+        residual: ``[T, H_out]`` in x's dtype, added to the rounded result. out: where that goes.
+        early: read weights before the kernel ahead has ended, which must not be writing them.
+    """
     tokens, hidden = x.shape
     neurons, columns = w_down_t.shape
     x, threshold = _aligned(x), threshold.contiguous()
     mean = None if mean is None else mean.contiguous()
     bias = None if bias is None else bias.contiguous()
-    most = tokens if tokens < 3 else 4
+    most = template(tokens)
     plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
     built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan)
     partial = torch.empty(built.blocks, tokens * columns, dtype=torch.float32, device=x.device)
-    y = x.new_empty(tokens, columns)
+    y = x.new_empty(tokens, columns) if out is None else out
     problem = _Problem(
         x.data_ptr(),
         w_gate.data_ptr(),
@@ -216,6 +204,7 @@ def launch(
         None if mean is None else mean.data_ptr(),
         partial.data_ptr(),
         *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
+        NormArgument.of(norm),
         tokens,
         hidden,
         neurons,
@@ -224,10 +213,12 @@ def launch(
         built.capacity,
         built.pitch,
         built.stages,
+        int(early),
     )
     total = _Sum(
         partial.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         y.data_ptr(),
         built.blocks,
         tokens,
@@ -267,7 +258,7 @@ def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:
 
 def _aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
-    return x if x.data_ptr() % _PIECE == 0 else x.clone()
+    return x if x.data_ptr() % PIECE == 0 else x.clone()
 
 
 @functools.cache
@@ -282,11 +273,11 @@ def _build(
     plan: Plan,
 ) -> _Built:
     """Compile (once for equal constants), load, and lay out the shared memory."""
-    limit = _shared_bytes(device)
+    limit = shared_bytes(device)
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     row = max(hidden, columns) * dtype.itemsize
-    pieces = -(-row // _PIECE)
+    pieces = -(-row // PIECE)
     lists = _list_bytes(capacity, tokens, plan)
     rows = plan.rows
     while rows > 1 and _stages(limit, lists, rows * row) < 4:
@@ -295,10 +286,10 @@ def _build(
     # A chunk is decided by a thread a neuron, so it must not be larger than a block.
     chunks = max(plan.chunks, -(-(capacity + rows) // (plan.threads - rows)))
     each = -(-pieces // plan.threads)
-    even = hidden == columns and row == plan.threads * each * _PIECE
+    even = hidden == columns and row == plan.threads * each * PIECE
     cut = Plan(plan.threads, rows, chunks)
-    defines = _defines(dtype, act, tokens, cut, each, even)
-    module = load_module(compile_source(SOURCE, defines, _arch(device)), device)
+    code = _compile(_defines(dtype, act, tokens, cut, each, even), arch(device))
+    module = load_module(code, device)
     shared = stages * rows * row + lists
     return _Built(
         find_kernel(module, "gated_mlp", plan.threads + 32, shared),
@@ -310,12 +301,6 @@ def _build(
     )
 
 
-def _shared_bytes(device: torch.device) -> int:
-    """What a block may have."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
-
-
 def _list_bytes(capacity: int, tokens: int, plan: Plan) -> int:
     """Partial dots, hidden activations and the list of kept neurons: see cuda.cu."""
     pitch = plan.threads // 32 | 1
@@ -323,7 +308,7 @@ def _list_bytes(capacity: int, tokens: int, plan: Plan) -> int:
 
 
 def _stages(limit: int, lists: int, stage: int) -> int:
-    return min(_MAX_STAGES, (limit - _LEFT - lists) // stage)
+    return stage_count(limit - _LEFT - lists, stage)
 
 
 def _fits(
@@ -341,19 +326,8 @@ def _fits(
         belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
-        and all(_whole_pieces(w) for w in (w_gate, w_up, w_down_t))
+        and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t))
         and why_not_sizes(x.device, x.dtype, *w_gate.shape[::-1], w_down_t.shape[1]) is None
-    )
-
-
-def _whole_pieces(weight: Tensor) -> bool:
-    """Rows that the bulk copy engine takes: contiguous, and on 16-byte bounds."""
-    size = weight.element_size()
-    return (
-        (weight.stride(1) == 1 or weight.shape[1] == 1)
-        and weight.shape[1] * size % _PIECE == 0
-        and weight.stride(0) * size % _PIECE == 0
-        and weight.data_ptr() % _PIECE == 0
     )
 
 
@@ -363,12 +337,12 @@ def why_not_sizes(
 ) -> str | None:
     """Why cuda.cu does not take weights of these sizes on ``device``; None if it does."""
     row = max(hidden, columns) * dtype.itemsize
-    if hidden * dtype.itemsize % _PIECE or columns * dtype.itemsize % _PIECE:
+    if hidden * dtype.itemsize % PIECE or columns * dtype.itemsize % PIECE:
         return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens))
-    if row > MOST_PIECES * _PIECE or _stages(_shared_bytes(device), lists, row) < 2:
+    if row > MOST_PIECES * PIECE or _stages(shared_bytes(device), lists, row) < 2:
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

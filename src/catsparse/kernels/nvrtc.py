@@ -88,16 +88,19 @@ def why_not_nvrtc() -> str | None:
 
 
 @functools.cache
-def compile_source(source: Path, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
-    """The machine code of ``source`` with ``defines``, for ``arch`` (as ``sm_90``).
+def compile_source(
+    sources: tuple[Path, ...], defines: tuple[tuple[str, str], ...], arch: str
+) -> bytes:
+    """The machine code of ``sources``, in order, with ``defines``, for ``arch`` (as ``sm_90``).
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
     nvrtc = _compiler()
     program = ctypes.c_void_p()
-    text = source.read_bytes()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None):
+    text = "".join(f'#line 1 "{p.name}"\n{p.read_text(encoding="utf-8")}' for p in sources)
+    name = sources[-1].name
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None):
         raise RuntimeError("NVRTC cannot make a program")
     try:
         options = [f"-arch={arch}", "-std=c++17", "-lineinfo"]
@@ -105,7 +108,7 @@ def compile_source(source: Path, defines: tuple[tuple[str, str], ...], arch: str
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
             log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise RuntimeError(f"{source.name}: {log.decode(errors='replace').rstrip(chr(0))}")
+            raise RuntimeError(f"{name}: {log.decode(errors='replace').rstrip(chr(0))}")
         return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

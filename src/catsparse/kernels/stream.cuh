@@ -1,0 +1,200 @@
+/* What the streaming kernels share: barriers, bulk copies, the ring, dot products, the input.
+ *
+ * A block has one producer warp, one thread of which asks the bulk copy engine for rows of weights,
+ * and THREADS consumers, which each own the same few columns of every row. Stands between
+ * numbers.cuh and a kernel's source, and needs these constants:
+ *   THREADS  consumers, whole warps      TOKENS   tokens of a call at most
+ *   ROWS     rows of a stage, 1, 2, 4
+ *   COLUMNS  16-byte pieces of a row     EVEN     whether rows are THREADS * COLUMNS pieces long
+ *            that a consumer owns
+ */
+
+#define WARPS (THREADS / 32)
+#define PITCH (WARPS | 1) /* odd, so that rows of partial dots fall on different banks */
+#define MAX_STAGES 32
+
+/* ---- barriers, copies, dependent launch ----------------------------------------------------- */
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE void barrier_init(u64 *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
+                 : "memory");
+}
+
+DEVICE void barrier_arrive(u64 *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+
+DEVICE void barrier_expect(u64 *b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void barrier_wait(u64 *b, u32 parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" ::"r"(shared_address(b)),
+                 "r"(parity)
+                 : "memory");
+}
+
+DEVICE void copy_row(char *to, const weight_t *from, u32 bytes, u64 *b, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
+                 : "memory");
+}
+
+/* All consumers, not the producer. */
+DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+/* ---- the ring ------------------------------------------------------------------------------- */
+
+struct Ring {
+    char *data;
+    u64 *full, *empty;
+    int stages, pitch;
+    int stage = 0;
+    u32 parity = 0;
+
+    DEVICE_METHOD void advance() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+    DEVICE_METHOD char *rows() const { return data + stage * (ROWS * pitch); }
+    DEVICE_METHOD void wait_full() const { barrier_wait(full + stage, parity); }
+    DEVICE_METHOD void release() { /* by every thread of a warp */
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
+        advance();
+    }
+    /* The producer's: rows row_of(0) .. row_of(n - 1) into the next stage. */
+    template <class RowOf>
+    DEVICE_METHOD void fill(int n, u32 bytes, u64 policy, RowOf row_of) {
+        barrier_wait(empty + stage, parity ^ 1);
+        barrier_expect(full + stage, n * bytes);
+        for (int i = 0; i < n; i++)
+            copy_row(rows() + i * pitch, row_of(i), bytes, full + stage, policy);
+        advance();
+    }
+};
+
+/* ---- dot products --------------------------------------------------------------------------- */
+
+/* Sums over a warp with as few exchanges as can be; lane l gets that of value l / (32 / ROWS). */
+DEVICE float warp_sums(float (&v)[ROWS], int lane) {
+#pragma unroll
+    for (int n = ROWS / 2, off = 16; n >= 1; n /= 2, off /= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            bool upper = lane & off;
+            float mine = upper ? v[i + n] : v[i], other = upper ? v[i] : v[i + n];
+            v[i] = mine + __shfl_xor_sync(ALL, other, off);
+        }
+#pragma unroll
+    for (int off = 16 / ROWS; off >= 1; off /= 2) v[0] += __shfl_xor_sync(ALL, v[0], off);
+    return v[0];
+}
+
+/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last. */
+DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
+                     const float (&xs)[TOKENS][COLUMNS * VEC], float *dots) {
+    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    for (int k0 = first; k0 < last; k0 += ROWS) {
+        ring.wait_full();
+        const char *rows = ring.rows() + tid * 16;
+        float v[TOKENS][ROWS] = {};
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            if (!EVEN && (tid + c * THREADS) * VEC >= hidden) break;
+            uint4 piece[ROWS];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                piece[i] = *(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                float w[VEC];
+                unpack(piece[i], w);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) v[t][i] += w[e] * xs[t][c * VEC + e];
+            }
+        }
+        ring.release();
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            float sum = warp_sums(v[t], lane);
+            int k = k0 + lane / (32 / ROWS);
+            if (lane % (32 / ROWS) == 0 && k < last) dots[(k * TOKENS + t) * PITCH + warp] = sum;
+        }
+    }
+}
+
+DEVICE float dot_of(const float *dots, int k, int t) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += dots[(k * TOKENS + t) * PITCH + w];
+    return sum;
+}
+
+/* ---- the input ------------------------------------------------------------------------------ */
+
+/* RMS norm of x on the way in; weight null for none. offset 1 is Gemma's: x (1 + weight). */
+struct Norm {
+    const weight_t *weight;
+    float eps, offset;
+};
+
+/* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. */
+DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
+                   float (&xs)[TOKENS][COLUMNS * VEC]) {
+    int tid = threadIdx.x;
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (tid + c * THREADS) * VEC;
+            uint4 piece = {0, 0, 0, 0};
+            if (at < hidden && t < tokens) piece = *(const uint4 *)(x + (long long)t * hidden + at);
+            float v[VEC];
+            unpack(piece, v);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) xs[t][c * VEC + e] = v[e];
+        }
+    if (!norm.weight) return;
+    __shared__ float squares[TOKENS][WARPS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < COLUMNS * VEC; i++) sum += xs[t][i] * xs[t][i];
+#pragma unroll
+        for (int off = 16; off >= 1; off /= 2) sum += __shfl_xor_sync(ALL, sum, off);
+        if (tid % 32 == 0) squares[t][tid / 32] = sum;
+    }
+    consumers_sync();
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        int at = (tid + c * THREADS) * VEC;
+        if (!EVEN && at >= hidden) break;
+        float w[VEC];
+        unpack(*(const uint4 *)(norm.weight + at), w);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) sum += squares[t][i];
+            float scale = rsqrtf(sum / hidden + norm.eps);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                float &v = xs[t][c * VEC + e];
+                /* Rounded where transformers' modules round. */
+                v = norm.offset ? v * scale * (norm.offset + w[e]) : rounded(v * scale) * w[e];
+                v = rounded(v);
+            }
+        }
+    }
+}
+

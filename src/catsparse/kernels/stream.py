@@ -1,0 +1,121 @@
+"""What the streaming CUDA kernels share on the host: sources, plans, sizes of the ring."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUMBERS = Path(__file__).with_name("numbers.cuh")
+STREAM = Path(__file__).with_name("stream.cuh")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # by DTYPE of numbers.cuh
+PIECE = 16  # bytes
+MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
+_MAX_STAGES = 32  # stream.cuh's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel cuts up its work; found by ``catsparse bench tune`` (docs/kernels.md).
+
+    Attributes:
+        threads: consumers of a block. rows: rows of a stage. chunks: chunks of the gated MLP's
+            decision.
+    """
+
+    threads: int
+    rows: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm of a kernel's input: x / rms(x) times ``offset + weight`` (Gemma's offset is 1).
+
+    Attributes:
+        weight: ``[H]``, x's dtype. eps: added to the mean square.
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+class NormArgument(ctypes.Structure):
+    """``Norm`` of stream.cuh."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("offset", ctypes.c_float),
+    ]
+
+    @classmethod
+    def of(cls, norm: Norm | None) -> NormArgument:
+        return cls() if norm is None else cls(norm.weight.data_ptr(), norm.eps, norm.offset)
+
+
+def arch(device: torch.device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def shared_bytes(device: torch.device) -> int:
+    """What a block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def stage_count(room: int, stage: int) -> int:
+    """Stages of ``stage`` bytes that ``room`` holds."""
+    return min(_MAX_STAGES, room // stage)
+
+
+def group_size(row_bytes: int) -> int:
+    """Tokens of one launch at most: 4, fewer for long rows, as their sums stay in registers."""
+    return max(1, min(4, MOST_PIECES * PIECE // row_bytes))
+
+
+def find_plan(row_bytes: int, tokens: int) -> Plan:
+    """The plan for rows of so many bytes and calls of 1, 2 or 4 tokens."""
+    pieces = -(-row_bytes // PIECE)
+    # A consumer holds its columns of x and of the output for each token in registers.
+    most = 256 if pieces * tokens <= 1024 else 512
+    columns = -(-pieces // most)
+    threads = -(-pieces // (32 * columns)) * 32
+    return Plan(threads, rows=2 if pieces * tokens > 2048 else 4, chunks=3)
+
+
+def template(tokens: int) -> int:
+    """Tokens that a kernel is built for: 1, 2 or 4."""
+    return tokens if tokens < 3 else 4
+
+
+def defines(
+    dtype: torch.dtype, tokens: int, plan: Plan, columns: int, even: bool, **more: int
+) -> tuple[tuple[str, str], ...]:
+    """The constants of numbers.cuh and stream.cuh, and a kernel's own."""
+    constants = {
+        "DTYPE": DTYPES.index(dtype),
+        "TOKENS": tokens,
+        "THREADS": plan.threads,
+        "COLUMNS": columns,
+        "ROWS": plan.rows,
+        "EVEN": int(even),
+        **more,
+    }
+    return tuple((name, str(value)) for name, value in constants.items())
+
+
+def whole_pieces(weight: Tensor) -> bool:
+    """Rows that the bulk copy engine takes: contiguous, and on 16-byte bounds."""
+    size = weight.element_size()
+    return (
+        (weight.stride(1) == 1 or weight.shape[1] == 1)
+        and weight.shape[1] * size % PIECE == 0
+        and weight.stride(0) * size % PIECE == 0
+        and weight.data_ptr() % PIECE == 0
+    )
