@@ -17,11 +17,12 @@ import tiny
 from catsparse import CatsparseError, bench
 from catsparse.bench import decode, op, rows, shapes
 from catsparse.kernels import gated_mlp_reference
+from catsparse.modules import sparse_modules
 from catsparse.report import latency_figure, plot_speed
 
 CPU = torch.device("cpu")
 KEYS = {
-    *("what", "name", "impl", "device", "threads", "dtype", "tokens", "sparsity"),
+    *("what", "name", "impl", "device", "threads", "dtype", "tokens", "context", "sparsity"),
     *("bytes_skipped", "p20", "p50", "p80", "limit", "of_limit", "vs_dense", "max_err"),
     *("versions", "commit"),
 }
@@ -86,7 +87,7 @@ def test_quantiles_by_hand() -> None:
 
 def test_rows_are_added_to_the_file(tmp_path: Path) -> None:
     row = bench.Row(
-        *("op", "a", "dense", "cpu", 2, "float32", 1, 0.0, 0.0, 1.0, 2.0, 3.0),
+        *("op", "a", "dense", "cpu", 2, "float32", 1, 0, 0.0, 0.0, 1.0, 2.0, 3.0),
         *(1.0, 2.0, 1.0, 0.0, {}, None),
     )
     path = tmp_path / "new" / "rows.jsonl"
@@ -316,13 +317,16 @@ def test_decode_rows(sparse_model: Any) -> None:
     ]
     for row in found:
         assert set(asdict(row)) == KEYS
-        assert (row.what, row.name, row.tokens) == ("decode", "tiny", 1)
+        assert (row.what, row.name, row.tokens, row.context) == ("decode", "tiny", 1, 4)
         assert row.of_limit == pytest.approx(row.p50 / row.limit)
     assert found[1].bytes_skipped == 0
     assert 0.1 < found[2].bytes_skipped < 0.6
     total, mlp = decode.bytes_per_token(sparse_model)
-    bandwidth = found[0].limit * total
-    assert found[2].limit == pytest.approx(bandwidth / (total - found[2].bytes_skipped * mlp))
+    cache = 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, their size, fp32, tokens
+    assert decode.cache_bytes(sparse_model, 4) == cache
+    bandwidth = found[0].limit * (total + cache)
+    read = total + cache - found[2].bytes_skipped * mlp
+    assert found[2].limit == pytest.approx(bandwidth / read)
     best = max(found[0].p50, found[1].p50)
     assert found[2].vs_dense == pytest.approx(found[2].p50 / best)
 
@@ -342,6 +346,22 @@ def test_experts_have_no_known_byte_limit(sparse_model: Any) -> None:
     sparse_model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
     with pytest.raises(CatsparseError, match="expert weights"):
         bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 4, rounds=1)
+
+
+def test_a_batch_reads_what_any_of_its_sequences_keeps(sparse_model: Any) -> None:
+    batch = torch.randint(3, 60, (4, 5), generator=torch.Generator().manual_seed(2))
+    one = bench.bench_decode(sparse_model, "tiny", [0.7], batch[:1], 12, rounds=1)
+    four = bench.bench_decode(sparse_model, "tiny", [0.7], batch, 12, rounds=1)
+    assert {row.tokens for row in four} == {4}
+    assert 0 < four[-1].bytes_skipped < 0.7 * one[-1].bytes_skipped
+    assert all(module.catsparse_counter is None for module in sparse_modules(sparse_model).values())
+
+
+def test_the_union_of_a_step() -> None:
+    union = decode._Union(2)
+    union(torch.tensor([[[True, False, False, True]], [[True, True, False, False]]]))
+    union(torch.ones(1, 5, 4, dtype=torch.bool))  # a prompt's tokens
+    assert (int(union.kept), union.total) == (3, 4)
 
 
 def test_intervals_leave_the_prompt_out(sparse_model: Any) -> None:

@@ -362,6 +362,13 @@ def test_bench_decode_of_an_artifact(
     assert [row["sparsity"] for row in rows] == [0.0, 0.0, 0.5, 0.7]
     assert rows[3]["bytes_skipped"] > rows[2]["bytes_skipped"] > 0.2
     assert {row["what"] for row in rows} == {"decode"}
+    options = ["--rounds", "1", "--new-tokens", "10", "--sparsity", "0.5", "-o", tmp_path]
+    options += ["--prompt-tokens", "4,5", "--batch", "1,2", "--json"]
+    code, text, _ = run(capsys, "bench", "decode", artifact, *options)
+    rows = json.loads(text)["rows"]
+    assert code == 0
+    sizes = dict.fromkeys((row["tokens"], row["context"]) for row in rows)
+    assert list(sizes) == [(1, 4), (1, 5), (2, 4), (2, 5)]
 
 
 @pytest.mark.parametrize(
@@ -381,6 +388,9 @@ def test_bench_decode_of_an_artifact(
             "no kernel for cpu",
         ),
         (["decode"], "--config"),
+        (["decode", "default", "--batch", "0"], "--batch takes"),
+        (["decode", "default", "--prompt-tokens", "1"], "from 2 on"),
+        (["decode", "default", "--batch", "40", "--prompt-tokens", "5000"], "smaller --batch"),
         (["decode", "default", "--config", "llama-3.2-1b"], "either"),
         (["decode", "--config", "64,96"], "MLP"),
     ],

@@ -1,4 +1,5 @@
-"""Activation sparsity for gated-MLP language models: calibrate, sparsify, save, load.
+"""Activation sparsity for gated-MLP language models: calibrate, sparsify, generate, save,
+load.
 
 Importing also lets transformers restore merged directories (``quant_method: cats``).
 """
@@ -8,6 +9,7 @@ from . import quantizer
 from ._version import __version__
 from .calibration import Calibration
 from .config import SparsityConfig
+from .decoding import generate
 from .errors import CatsparseError
 from .hub import load, save
 from .meter import achieved_sparsity
@@ -25,6 +27,7 @@ __all__ = [
     "calibrate",
     "densify",
     "explain",
+    "generate",
     "load",
     "save",
     "set_backend",

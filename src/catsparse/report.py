@@ -158,9 +158,9 @@ def _panels(
     rows: Sequence[dict[str, Any]], label: str, sharey: bool
 ) -> tuple[Any, list[tuple[Any, list[dict[str, Any]]]]]:
     """A figure, and for each panel its axis and its rows: a row of panels for each name, in it one
-    for each dtype and number of tokens; one row in all if there is one of those."""
+    for each dtype, number of tokens and context; one row in all if there is one of those."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    groups = sorted({(row["dtype"], row["tokens"]) for row in rows})
+    groups = sorted({_group(row) for row in rows})
     height, width = (len(names), len(groups)) if len(groups) > 1 else (1, len(names))
     figure = _new_figure(width=3.6 * width + 0.6, height=2.9 * height + 0.3)
     axes = figure.subplots(height, width, squeeze=False, sharey=sharey)
@@ -169,22 +169,28 @@ def _panels(
     for name, line in zip(names, axes, strict=True):
         if height > 1 or name == names[0]:
             line[0].set_ylabel(label)
-        for axis, (dtype, tokens) in zip(line, groups, strict=True):
-            key = (name, dtype, tokens)
-            chosen = [row for row in rows if (row["name"], row["dtype"], row["tokens"]) == key]
+        for axis, group in zip(line, groups, strict=True):
+            chosen = [row for row in rows if row["name"] == name and _group(row) == group]
             if not chosen:
                 axis.set_axis_off()
                 continue
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             axis.set_xlabel("neurons dropped")
+            dtype, tokens, context = group
             many = "s" if tokens > 1 else ""
             title = f"{name}, {dtype}, {tokens} token{many}"
+            if context:
+                title += f", context {context}"
             axis.set_title(title, loc="left", fontsize=8.5)
             _plain(axis)
             panels.append((axis, chosen))
     title = f"{rows[0]['what']} on {rows[0]['device']}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
     return figure, panels
+
+
+def _group(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["dtype"], row["tokens"], row.get("context", 0)
 
 
 def _line(rows: Sequence[dict[str, Any]], impl: str) -> list[dict[str, Any]]:

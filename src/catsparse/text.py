@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from . import decoding
 from .errors import CatsparseError
 from .meter import achieved_sparsity
 from .modules import sparse_modules
@@ -159,7 +160,7 @@ class TextGenerator:
 
 def _generate(model: Any, ids: Tensor, **options: Any) -> Any:
     """The one place where the command line generates."""
-    return model.generate(ids, **options)
+    return decoding.generate(model, ids, **options)
 
 
 def measure(model: Any, ids: Tensor) -> Dropped:

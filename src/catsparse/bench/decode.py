@@ -1,7 +1,12 @@
-"""``bench decode``: tokens/s of ``generate`` on one model, dense and sparse interleaved."""
+"""``bench decode``: tokens/s of ``generate`` on one model, dense and sparse interleaved.
+
+On a GPU ``catsparse.generate`` decodes, and transformers' own loop runs beside it; on a CPU they
+are the same.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,18 +18,24 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..calibration import Calibration
+from ..decoding import generate
 from ..errors import CatsparseError
 from ..kernels import gated_mlp_reference
-from ..meter import achieved_sparsity
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
 from ..surgery import run_dense, set_backend, state_of
 from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, versions
 
+# On a GPU, a step's kernels are built and its graph is captured while these tokens are decoded.
+WARM_TOKENS = 8
+
 
 @dataclass
 class Variant:
-    """Dense, or one sparsity with its thresholds; ``intervals`` are seconds between tokens."""
+    """Dense, or one sparsity with its thresholds; ``intervals`` are seconds between tokens.
+
+    ``transformers`` is dense in transformers' own loop.
+    """
 
     impl: str
     sparsity: float
@@ -47,13 +58,14 @@ def bench_decode(
 ) -> list[Row]:
     """Greedy decode after ``prompt``; the prompt's own time is left out.
 
-    The rows' order is dense, our kernel at sparsity 0, then each sparsity. Each round generates
-    with every variant in turn. The kernel is checked on the model's own activations first.
+    The rows' order is dense (on a GPU transformers' loop first), our kernel at sparsity 0, then
+    each sparsity. Each round generates with every variant in turn. The kernel is checked on the
+    model's own activations first.
 
     Args:
         model: a sparse model that holds its calibration.
         name: what the rows call it.
-        prompt: ``[1, T]`` token ids.
+        prompt: ``[B, T]`` token ids.
         advance: called after every generation.
 
     Raises:
@@ -97,9 +109,13 @@ def _bench(
     assert calibration is not None
     set_backend(model, backend, down_copy)
     prompt = prompt.to(model.device)
-    variants = [Variant("dense", 0.0)]
+    on_gpu = prompt.is_cuda
+    if on_gpu and new_tokens < WARM_TOKENS + 2:
+        raise CatsparseError(f"{new_tokens} new tokens are too few; give {WARM_TOKENS + 2} or more")
+    variants = [Variant("transformers", 0.0)] if on_gpu else []
+    variants.append(Variant("dense", 0.0))
     for s in sorted({0.0, *sparsities}):
-        variants.append(_variant(model, calibration, s, prompt, new_tokens, down_copy))
+        variants.append(_variant(model, calibration, s, prompt, down_copy))
     probe = Probe(model.device)
     for round_number in range(rounds + 1):
         for variant in variants:
@@ -108,7 +124,7 @@ def _bench(
                 variant.intervals += intervals
             advance()
         probe.measure()
-    return _rows(model, name, variants, probe)
+    return _rows(model, name, variants, probe, prompt)
 
 
 def _variant(
@@ -116,7 +132,6 @@ def _variant(
     calibration: Calibration,
     sparsity: float,
     prompt: Tensor,
-    new_tokens: int,
     down_copy: bool,
 ) -> Variant:
     """Thresholds, the bytes they skip on this very text, and the check."""
@@ -125,10 +140,9 @@ def _variant(
     variant = Variant("catsparse", sparsity, thresholds)
     modules = sparse_modules(model).values()
     _apply(model, variant)
-    with achieved_sparsity(model) as meter:
-        _generate(model, variant, prompt, new_tokens)
     if all(m._catsparse_choice and m._catsparse_choice.kernel_tokens for m in modules):
-        variant.bytes_skipped = meter.bytes_skipped * (1 if down_copy else 0.5)
+        share = 2 / 3 if down_copy else 1 / 3
+        variant.bytes_skipped = share * (1 - _kept(model, prompt))
     variant.max_err = _check(model, prompt)
     return variant
 
@@ -140,36 +154,82 @@ def _apply(model: Any, variant: Variant) -> None:
             module.set_threshold(t.threshold, t.mean)
 
 
+def _kept(model: Any, prompt: Tensor) -> float:
+    """Share of neurons whose rows a decode step reads: those that any sequence keeps."""
+    modules = sparse_modules(model).values()
+    union = _Union(prompt.shape[0])
+    try:
+        for module in modules:
+            module.catsparse_counter = union
+        model.generate(prompt, **_options(prompt, WARM_TOKENS))
+    finally:
+        for module in modules:
+            module.catsparse_counter = None
+    return float(union.kept) / union.total
+
+
+class _Union:
+    """Counts, in decode steps of ``batch`` sequences, neurons that any of them keeps."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.total = batch, 0
+        self.kept: Tensor | int = 0
+
+    def __call__(self, keep: Tensor) -> None:
+        rows = keep.reshape(-1, keep.shape[-1])
+        if rows.shape[0] == self.batch:  # else it is the prompt's
+            self.kept = self.kept + rows.any(0).sum(dtype=torch.int64)
+            self.total += rows.shape[1]
+
+
+def _options(prompt: Tensor, new_tokens: int) -> dict[str, Any]:
+    return {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+
+
 def _generate(model: Any, variant: Variant, prompt: Tensor, new_tokens: int) -> list[float]:
-    """Seconds between the new tokens of one run."""
+    """Seconds between the new tokens of one run; on a GPU their mean, as tokens come in bunches."""
     _apply(model, variant)
-    clock = _Clock(model.device)
+    clock = _Clock()
+    step = "plain" if variant.impl == "transformers" else "auto"
     with run_dense(model) if variant.thresholds is None else nullcontext():
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            streamer=clock,
-        )
+        if prompt.shape[0] > 1:  # a streamer takes one sequence: the time of a long and a short run
+            return [_difference(model, step, prompt, new_tokens)]
+        options = _options(prompt, new_tokens)
+        generate(model, prompt, step=step, streamer=clock, **options)
     # The first time is the prompt's arrival, the second the token that its forward pass gave.
-    return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+    times = clock.times[1:]
+    if prompt.is_cuda:
+        times = times[WARM_TOKENS:]
+        return [(times[-1] - times[0]) / (len(times) - 1)]
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def _difference(model: Any, step: str, prompt: Tensor, new_tokens: int) -> float:
+    """Seconds a step: a run of ``new_tokens`` less a short one, after a warm one."""
+    took = []
+    for count in (WARM_TOKENS, WARM_TOKENS, new_tokens):
+        start = time.perf_counter()
+        ids = generate(model, prompt, step=step, **_options(prompt, count))
+        ids[0, -1].item()
+        took.append(time.perf_counter() - start)
+    return (took[2] - took[1]) / (new_tokens - WARM_TOKENS)
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each token comes."""
+    """Notes when each token comes to the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -233,7 +293,8 @@ def _error(name: str, module: SparseMLP, x: Tensor) -> float:
 def bytes_per_token(model: Any) -> tuple[int, int]:
     """(weight bytes that a dense decode step reads, those of the sparse MLPs among them).
 
-    An input embedding is one row, unless it is the output layer as well. The KV cache is left out.
+    An input embedding is one row, unless it is the output layer as well. The KV cache is left out:
+    see :func:`cache_bytes`.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -247,13 +308,25 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
     return total, mlp
 
 
-def _rows(model: Any, name: str, variants: list[Variant], probe: Probe) -> list[Row]:
+def cache_bytes(model: Any, slots: int) -> int:
+    """Bytes of keys and values that a step reads for one sequence of so many tokens."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * slots)
+
+
+def _rows(
+    model: Any, name: str, variants: list[Variant], probe: Probe, prompt: Tensor
+) -> list[Row]:
     total, mlp = bytes_per_token(model)
-    rates = [(v, quantiles([1 / s for s in v.intervals])) for v in variants]
+    batch, context = prompt.shape
+    rates = [(v, quantiles([batch / s for s in v.intervals])) for v in variants]
     best = max(q[1] for v, q in rates if v.sparsity == 0)
     rows = []
     for v, (p20, p50, p80) in rates:
-        limit = probe.bandwidth / (total - mlp * v.bytes_skipped)
+        read = total - mlp * v.bytes_skipped + batch * cache_bytes(model, context)
+        limit = batch * probe.bandwidth / read
         rows.append(
             Row(
                 what="decode",
@@ -262,7 +335,8 @@ def _rows(model: Any, name: str, variants: list[Variant], probe: Probe) -> list[
                 device=device_name(model.device),
                 threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
                 dtype=str(model.dtype).removeprefix("torch."),
-                tokens=1,
+                tokens=batch,
+                context=context,
                 sparsity=v.sparsity,
                 bytes_skipped=v.bytes_skipped,
                 p20=p20,

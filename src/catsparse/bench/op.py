@@ -322,6 +322,7 @@ def _rows(setup: Setup, variants: list[Variant], probe: Probe) -> list[Row]:
                 threads=torch.get_num_threads() if device.type == "cpu" else 0,
                 dtype=str(setup.dtype).removeprefix("torch."),
                 tokens=setup.tokens,
+                context=0,
                 sparsity=v.sparsity,
                 bytes_skipped=v.bytes_skipped,
                 p20=p20,

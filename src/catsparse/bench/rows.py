@@ -34,11 +34,13 @@ class Row:
     Attributes:
         what: ``op`` (times in microseconds) or ``decode`` (tokens/s).
         name: shape, config or model.
-        impl: ``dense`` (torch), ``dense_compiled`` (gate and up in one matrix, torch.compile; GPUs
-            only), ``catsparse``, or a peer's name. catsparse at sparsity 0 keeps
-            every neuron, by our kernel where the backend chose it.
+        impl: ``dense`` (torch; in ``decode`` rows from a GPU, our step), ``dense_compiled`` (gate
+            and up in one matrix, torch.compile; GPUs only), ``transformers`` (dense in its own
+            loop; decode on GPUs only), ``catsparse``, or a peer's name. catsparse at sparsity 0
+            keeps every neuron, by our kernel where the backend chose it.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
-        tokens: tokens a call.
+        tokens: tokens a call, or sequences of a decode step.
+        context: tokens of the prompt before a decode step; 0 for ``op``.
         sparsity: fraction of neurons dropped.
         bytes_skipped: fraction of the MLP's weight bytes that is not read; 0 where torch's dense
             matmuls serve the call. For a peer: what it might have skipped.
@@ -56,6 +58,7 @@ class Row:
     threads: int
     dtype: str
     tokens: int
+    context: int
     sparsity: float
     bytes_skipped: float
     p20: float

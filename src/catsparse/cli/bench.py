@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,7 +97,10 @@ def decode(
         str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint says.")
     ] = "auto",
     sparsity: Sparsities = "0.5,0.7",
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=2)] = 32,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Length of the prompt; several by commas, as 128,2048.")
+    ] = "32",
+    batch: Annotated[str, typer.Option(help="Sequences at once; several by commas.")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
     device: Device = None,
     rounds: Rounds = 5,
@@ -107,32 +111,33 @@ def decode(
     plot: Plot = False,
     json: Json = False,
 ) -> None:
-    """Tokens/s of generate, dense and sparse; the prompt's own time is left out."""
+    """Tokens/s of generate, dense and sparse; the prompt's own time is left out.
+
+    On a GPU, catsparse.generate, beside transformers' own loop: give 40 new tokens or more.
+    """
     from ..bench import append_rows, bench_decode
 
     if (model is None) == (config is None):
         raise CatsparseError("name either a MODEL or a shape with --config")
     _make_folder(output)
     wanted = _sparsities(sparsity)
+    lengths = _numbers(prompt_tokens, "--prompt-tokens", 2)
+    batches = _numbers(batch, "--batch", 1)
+    cases = list(itertools.product(batches, lengths))
     where = _device(device, threads)
-    if config is not None:
-        sparse, prompt = _random(config, dtype, str(where), prompt_tokens)
-    else:
-        assert model is not None
-        sparse, prompt = _real(model, dtype, str(where), prompt_tokens)
-    with _progress((len({0.0, *wanted}) + 1) * (rounds + 1), "generating") as advance:
-        rows = bench_decode(
-            sparse,
-            config or model or "",
-            wanted,
-            prompt,
-            new_tokens,
-            rounds,
-            backend,
-            down_copy,
-            advance,
-        )
-    append_rows(output / "rows.jsonl", rows)
+    make = _random if config is not None else _real
+    name = config or model or ""
+    sparse, prompts = make(name, dtype, str(where), lengths, max(batches))
+    rows = []
+    variants = len({0.0, *wanted}) + 1 + (where.type == "cuda")
+    with _progress(len(cases) * variants * (rounds + 1), "generating") as advance:
+        for size, length in cases:
+            prompt = prompts[length][:size]
+            part = bench_decode(
+                sparse, name, wanted, prompt, new_tokens, rounds, backend, down_copy, advance
+            )
+            append_rows(output / "rows.jsonl", part)
+            rows += part
     _show(rows, output, plot, json)
 
 
@@ -179,7 +184,10 @@ def tune(
     print(output / "rows.jsonl")
 
 
-def _random(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
+def _random(
+    name: str, dtype: str, device: str, lengths: list[int], count: int
+) -> tuple[Any, dict[int, Any]]:
+    """A model, and ``count`` prompts of each length."""
     import torch
 
     from ..bench import find_shape
@@ -194,11 +202,13 @@ def _random(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
     calibration = calibrate(model, ids, data_name="random tokens", progress=False)
-    prompt = torch.randint(shape.vocab, (1, prompt_tokens), generator=generator)
-    return sparsify(model, calibration), prompt
+    prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
+    return sparsify(model, calibration), prompts
 
 
-def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, Any]:
+def _real(
+    name: str, dtype: str, device: str, lengths: list[int], count: int
+) -> tuple[Any, dict[int, Any]]:
     from .. import hub
     from ..observation import calibrate
     from ..surgery import sparsify
@@ -208,10 +218,16 @@ def _real(name: str, dtype: str, device: str, prompt_tokens: int) -> tuple[Any, 
     if not hub.is_artifact(name):
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
         model = sparsify(model, calibrate(model, windows, data_name=source))
-    prompt, _ = token_windows(
-        None, "heldout", tokenizer, prompt_tokens, prompt_tokens, None, "text"
-    )
-    return model, prompt[:1]
+    prompts = {
+        n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
+    }
+    for n, found in prompts.items():
+        if len(found) < count:
+            raise CatsparseError(
+                f"the bundled text holds {len(found)} prompts of {n} tokens, not {count}; take a "
+                "smaller --batch, or random prompts with --config"
+            )
+    return model, prompts
 
 
 def _names(shape: str) -> list[str]:
@@ -238,6 +254,13 @@ def _sparsities(text: str) -> list[float]:
     for value in values:
         check_sparsity(value)
     return values
+
+
+def _numbers(text: str, option: str, least: int) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) >= least for part in parts):
+        raise CatsparseError(f"{option} takes whole numbers from {least} on, not {text!r}")
+    return [int(part) for part in parts]
 
 
 def _counts(text: str) -> list[int]:
@@ -283,7 +306,8 @@ def _show(rows: list[Any], output: Path, plot: bool, json: bool) -> None:
     if json:
         print_json({"rows": [asdict(row) for row in rows]})
         return
-    for _, group in itertools.groupby(rows, lambda row: (row.name, row.dtype, row.tokens)):
+    key = attrgetter("name", "dtype", "tokens", "context")
+    for _, group in itertools.groupby(rows, key):
         _print_table(list(group))
     for path in [output / "rows.jsonl", *plots]:
         print(path)
@@ -295,6 +319,7 @@ def _print_table(rows: list[Any]) -> None:
     if first.what == "op" and first.p50 >= 10_000:
         unit, scale = "ms", 1e-3
     many = f", {first.tokens} tokens" if first.tokens > 1 else ""
+    many += f", context {first.context}" if first.context else ""
     threads = f", {first.threads} threads" if first.threads else ""
     table = Table(
         *("", "dropped", "skipped", f"{unit} (p20-p80)", "limit", "of limit", "vs dense"),

@@ -16,10 +16,11 @@
 #define LANES (PIECES < 32 ? PIECES : 32)      /* that share a slot */
 #define EACH (PIECES / LANES)                  /* pieces a lane */
 #define SLOTS (32 / LANES)                     /* of a warp at a time */
-#define DEEP (GROUP * EACH > 4 ? 2 : 4)        /* slots that a lane has under way */
+#define DEEP (GROUP * EACH > 2 ? 2 : 4)        /* slots that a lane has under way */
 #define STEP (WARPS * SLOTS * DEEP)
 #define LOWEST -1e30f
 #define MOST_SPLITS 64
+#define FEW 128
 
 /* Attention of attention.py. */
 struct Attention {
@@ -89,7 +90,7 @@ struct Tile {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention(const __grid_constant__ Attention p) {
     __shared__ float q[GROUP * HEAD], k_new[HEAD], v_new[HEAD];
     __shared__ float sums[WARPS][GROUP][HEAD], maxima[WARPS][GROUP], totals[WARPS][GROUP];
@@ -103,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int from = (int)start, to = (int)position;
     if (p.window && to - from >= p.window) from = to - p.window + 1;
     int slots = to - from, share = slots;
-    if (slots > 2 * STEP) { /* a few slots are done sooner by one block than shared */
-        share = max((slots + p.splits - 1) / p.splits, 2 * STEP);
+    if (slots > FEW) { /* a few slots are done sooner by one block than shared */
+        share = max((slots + p.splits - 1) / p.splits, FEW / 2);
         share = (share + STEP - 1) / STEP * STEP;
     }
     int used = slots ? (slots + share - 1) / share : 1;

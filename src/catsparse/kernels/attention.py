@@ -49,8 +49,7 @@ class Scratch:
     ) -> Scratch:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         # One wave of blocks, so that the product after it can begin to ask for its weights.
-        blocks = multiprocessors * (256 // _threads(heads // kv_heads))
-        splits = max(1, min(_MOST_SPLITS, -(-blocks // (tokens * kv_heads))))
+        splits = max(1, min(_MOST_SPLITS, 2 * multiprocessors // (tokens * kv_heads)))
         partial = torch.empty(tokens * heads * splits * (head_size + 4), device=device)
         arrived = torch.zeros(tokens * kv_heads, dtype=torch.int32, device=device)
         return cls(partial, arrived, splits)

@@ -1,0 +1,148 @@
+"""One step of decode on static device buffers, and the prefill that fills them.
+
+A step may be anything that fits :class:`Step`; :class:`ModelStep` calls the model's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import WindowCache
+
+
+@dataclass(frozen=True)
+class State:
+    """Static device tensors of a batch. All rows are left-padded to the same length.
+
+    Args:
+        tokens: ``[B, 1]`` int64, what the next step consumes.
+        position: ``[1]`` int64, cache slots used so far: the slot the next step writes. The loop
+            advances it after the step, so a step only reads it.
+        starts: ``[B]`` int64, slots of left padding; a row's position is ``position - starts``.
+        mask: ``[B, slots]`` bool, False on the padding. What lies ahead of ``position`` is True:
+            causality is the step's to see to.
+        cache: keys and values, ``cache.layers[i].keys`` ``[B, heads, slots, D]``; decode reads
+            ``cache.cursor.window`` slots of it.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    starts: Tensor
+    mask: Tensor
+    cache: WindowCache
+
+    @classmethod
+    def empty(cls, config: Any, batch: int, slots: int, device: torch.device) -> State:
+        cache = WindowCache(config, slots, device)
+        return cls(
+            torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            cache.cursor.position,
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.ones(batch, slots, dtype=torch.bool, device=device),
+            cache,
+        )
+
+    def begin(self, starts: Tensor) -> None:
+        """Make it that of a new prompt; ``starts`` ``[B]`` may be on the host."""
+        self.cache.reset()
+        self.position.zero_()
+        self.starts.copy_(starts)
+        slots = torch.arange(self.cache.slots, device=self.starts.device)
+        self.mask.copy_(slots >= self.starts[:, None])
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.tokens, self.position, self.starts, self.mask)
+        return self.cache.nbytes + sum(tensor.nbytes for tensor in tensors)
+
+
+class Step(Protocol):
+    """``logits [B, V] = step(tokens [B, 1], state)`` for the last token.
+
+    It is captured in a CUDA graph: device operations of fixed shapes only, and all that changes
+    from step to step is read from ``state`` on the device. It writes the new keys and values at
+    slot ``state.position`` and leaves ``position`` alone. It outlives the call it was built in, so
+    it must not hold the model itself strongly.
+    """
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it reads ``state.cache.cursor.window``, so a graph is good for one window."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of its own."""
+        ...
+
+    def __call__(self, tokens: Tensor, state: State) -> Tensor: ...
+
+
+# (model, cache, batch) -> a step, or None if it does not suit. The cache holds the prompt already
+# and has a free slot at its position, where a trial may write.
+Factory = Callable[[Any, WindowCache, int], Step | None]
+
+
+class ModelStep:
+    """The model's own forward; serves every model that :mod:`.request` lets through."""
+
+    windowed: ClassVar[bool] = True
+    nbytes: ClassVar[int] = 0
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    @classmethod
+    def try_build(cls, model: Any, cache: WindowCache, batch: int) -> ModelStep:
+        return cls(model)
+
+    def __call__(self, tokens: Tensor, state: State) -> Tensor:
+        mask = state.mask[:, : state.cache.cursor.window]
+        positions = (state.position - state.starts)[:, None]
+        return _forward(self._model(), state.cache, tokens, mask, positions)
+
+
+def prefill(model: Any, state: State, ids: Tensor, padded: bool, chunk: int) -> Tensor:
+    """Run the prompt ``[B, T]`` through the model in chunks; the last token's logits ``[B, V]``."""
+    cursor, length = state.cache.cursor, ids.shape[1]
+    logits = ids.new_empty(0)
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        cursor.start, cursor.window = start, end
+        # Without padding no mask, as in generate: attention may then take its fastest kernel.
+        mask = state.mask[:, :end] if padded else None
+        slots = torch.arange(start, end, device=ids.device)
+        positions = (slots - state.starts[:, None]).clamp(min=0)
+        logits = _forward(model, state.cache, ids[:, start:end], mask, positions)
+    cursor.start, cursor.window = None, state.cache.slots
+    state.position.fill_(length)
+    return logits
+
+
+def _forward(
+    model: Any, cache: WindowCache, ids: Tensor, mask: Tensor | None, positions: Tensor
+) -> Tensor:
+    keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+        **keep,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def takes(model: Any, *names: str) -> bool:
+    """Whether the model's forward has arguments of these names."""
+    return set(names) <= set(inspect.signature(model.forward).parameters)

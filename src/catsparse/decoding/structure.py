@@ -1,0 +1,252 @@
+"""Whether a model is a plain decoder that the fused step can run, by its parts and weights.
+
+Names lead to the parts, and every parameter of the model must be accounted for; whether the parts
+are put together as the fused step does it, is then found out by running both (fused.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ACTIVATIONS, Backend
+from ..kernels.attention import why_not_attention
+from ..kernels.cuda import why_not_cuda, why_not_sizes
+from ..kernels.linear import why_not_linear
+from ..kernels.stream import Norm, group_size, whole_pieces
+from ..modules import SparseMLP
+from ..sites import find_sites
+
+_UNUSUAL = ("softcap", "clip_qkv", "temperature_tuning")  # parts of a config's keys
+
+
+class NotPlain(Exception):
+    """The fused step cannot run the model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated MLP's weights; ``module`` holds thresholds, where it is sparse."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    act: str
+    module: SparseMLP | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: x += o(attention(qkv(norm x))), x += mlp(norm x)."""
+
+    qkv: tuple[Tensor, ...]
+    qkv_bias: tuple[Tensor | None, ...]
+    o: Tensor
+    o_bias: Tensor | None
+    norm: Norm
+    mlp_norm: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
+    scale: float
+    window: int
+    mlp: Mlp
+    owners: tuple[Tensor | None, ...]  # the parameters that qkv and its biases are, or lie in
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """All that decode reads of a model."""
+
+    embed: nn.Module
+    layers: tuple[Layer, ...]
+    modules: tuple[nn.Module, ...]  # the layers, to be hooked while the step is checked
+    norm: Norm
+    head: Tensor
+    head_bias: Tensor | None
+    rotary: nn.Module
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.dtype
+
+
+@torch.no_grad()
+def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
+    """The model's parts.
+
+    Args:
+        sliding: for each layer, whether it sees a window only. batch: tokens a step.
+
+    Raises:
+        NotPlain: it is built otherwise, or the kernels do not take its sizes.
+    """
+    unusual = [k for k, v in vars(model.config).items() if v and any(u in k for u in _UNUSUAL)]
+    if unusual:
+        raise NotPlain(f"its config has {unusual[0]}")
+    base = _part(model, model.base_model_prefix)
+    layers = list(_part(base, "layers"))
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise NotPlain(f"its output layer is a {type(head).__name__}")
+    reason = why_not_cuda(head.weight.device) or why_not_linear([head.weight])
+    if reason:
+        raise NotPlain(reason)
+    window = getattr(model.config, "sliding_window", None) or 0
+    attention = _part(layers[0], "self_attn")
+    head_size = int(_part(attention, "head_dim"))
+    heads = int(model.config.num_attention_heads)
+    kv_heads = int(getattr(model.config, "num_key_value_heads", None) or heads)
+    reason = why_not_attention(head.weight.dtype, heads, kv_heads, head_size)
+    if reason:
+        raise NotPlain(f"no attention kernel for {reason}")
+    decoder = Decoder(
+        embed=model.get_input_embeddings(),
+        layers=tuple(
+            _layer(layer, window if slides else 0, (heads, kv_heads, head_size))
+            for layer, slides in zip(layers, sliding, strict=True)
+        ),
+        modules=tuple(layers),
+        norm=_norm(_part(base, "norm")),
+        head=head.weight,
+        head_bias=head.bias,
+        rotary=_part(base, "rotary_emb"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+    )
+    known = {id(tensor) for tensor in _tensors(decoder)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise NotPlain(f"it has a {name}")
+    rows = [*decoder.layers[0].qkv, decoder.layers[0].o, decoder.layers[0].mlp.gate]
+    most = min(group_size(w.shape[1] * w.element_size()) for w in rows)
+    if batch > most:
+        raise NotPlain(f"{batch} sequences are more than {most}")
+    return decoder
+
+
+def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
+    attention = _part(layer, "self_attn")
+    heads, kv_heads, size = sizes
+    rows = [heads * size, kv_heads * size, kv_heads * size]
+    if hasattr(attention, "qkv_proj"):
+        weight, bias = _linear(attention, "qkv_proj")
+        qkv = weight.split(rows)
+        biases = (None,) * 3 if bias is None else tuple(bias.split(rows))
+        owners: tuple[Tensor | None, ...] = (weight, bias)
+    else:
+        pairs = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        qkv, biases = tuple(w for w, _ in pairs), tuple(b for _, b in pairs)
+        owners = (*qkv, *biases)
+    o, o_bias = _linear(attention, "o_proj")
+    if [w.shape[0] for w in qkv] != rows or o.shape[1] != rows[0]:
+        raise NotPlain("its attention has other sizes than its config")
+    reason = why_not_linear(qkv) or why_not_linear([o])
+    if reason:
+        raise NotPlain(reason)
+    found = Layer(
+        qkv=tuple(qkv),
+        qkv_bias=biases,
+        o=o,
+        o_bias=o_bias,
+        norm=_norm(_part(layer, "input_layernorm")),
+        mlp_norm=_norm(_part(layer, "post_attention_layernorm")),
+        q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        scale=float(getattr(attention, "scaling", size**-0.5)),
+        window=window,
+        mlp=_mlp(layer),
+        owners=owners,
+    )
+    for norm in (found.q_norm, found.k_norm):
+        if norm is not None and norm.weight.shape != (size,):
+            raise NotPlain("its query and key norms go over all heads")
+    return found
+
+
+def _mlp(layer: nn.Module) -> Mlp:
+    module = _part(layer, "mlp")
+    sparse = module if isinstance(module, SparseMLP) else None
+    if sparse is not None:
+        weights = sparse.raw_weights(next(sparse.parameters()).dtype)
+        if weights is None:
+            raise NotPlain(f"an MLP's {sparse.why_not_raw()}")
+        choice = sparse.choose_backend(sparse.catsparse_backend, sparse.catsparse_down_copy)
+        if sparse.catsparse_enabled and choice.backend is not Backend.CUDA:
+            raise NotPlain(f"its MLPs run in {choice.backend.value}: {choice.reason}")
+        gate, up, down = weights
+        act = sparse.site_act
+    else:
+        sites = [site for site in find_sites(layer)[0] if site.name == "mlp"]
+        if not sites:
+            raise NotPlain("its MLPs are not gated")
+        site = sites[0]
+        (gate, bias), (down, down_bias) = _linear(module, site.gate), _linear(module, site.down)
+        up_bias = None
+        if site.up is None:
+            half = gate.shape[0] // 2
+            gate, up = gate[:half], gate[half:]
+        else:
+            up, up_bias = _linear(module, site.up)
+        if any(b is not None for b in (bias, up_bias, down_bias)):
+            raise NotPlain("its MLPs have biases")
+        act = site.act
+    neurons, hidden = gate.shape
+    reason = why_not_sizes(gate.device, gate.dtype, hidden, neurons, down.shape[0])
+    if reason or act not in ACTIVATIONS or not (whole_pieces(gate) and whole_pieces(up)):
+        raise NotPlain(reason or "its MLPs' rows are not whole pieces")
+    return Mlp(gate, up, down, act, sparse)
+
+
+def _norm(module: nn.Module) -> Norm:
+    """What kind of RMS norm a module is, found by running it."""
+    weight = getattr(module, "weight", None)
+    names = ("variance_epsilon", "eps", "norm_eps")
+    eps = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None:
+        raise NotPlain(f"its {type(module).__name__} is no RMS norm")
+    x = torch.linspace(-3, 2.5, 2 * weight.numel(), device=weight.device).to(weight.dtype)
+    x = x.view(2, -1)
+    y = module(x)
+    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    for offset in (0.0, 1.0):
+        if offset:
+            mine = (x.float() * scale * (offset + weight.float())).to(x.dtype)
+        else:
+            mine = weight * (x.float() * scale).to(x.dtype)
+        tolerance = 4 * torch.finfo(x.dtype).eps
+        if y.shape == mine.shape and torch.allclose(
+            y.float(), mine.float(), rtol=tolerance, atol=tolerance
+        ):
+            return Norm(weight, float(eps), offset)
+    raise NotPlain(f"its {type(module).__name__} is no RMS norm")
+
+
+def _linear(parent: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    child = _part(parent, name)
+    if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:
+        raise NotPlain(f"its {name} is a {type(child).__name__}")
+    return child.weight, child.bias
+
+
+def _part(parent: Any, name: str) -> Any:
+    if not name or not hasattr(parent, name):
+        raise NotPlain(f"its {type(parent).__name__} has no {name or 'base model'}")
+    return getattr(parent, name)
+
+
+def _tensors(decoder: Decoder) -> Iterator[Tensor | None]:
+    yield from decoder.embed.parameters()
+    yield from (decoder.norm.weight, decoder.head, decoder.head_bias)
+    for layer, module in zip(decoder.layers, decoder.modules, strict=True):
+        yield from layer.owners
+        yield from (layer.o, layer.o_bias, layer.norm.weight, layer.mlp_norm.weight)
+        yield from (norm.weight for norm in (layer.q_norm, layer.k_norm) if norm is not None)
+        yield from _part(module, "mlp").parameters()

@@ -1,0 +1,185 @@
+"""The fused decode step: which models it takes, and that it decodes as ``model.generate`` does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import catsparse
+from catsparse import decoding, hub
+from catsparse.data import load_windows
+from catsparse.decoding import fused, loop
+from catsparse.decoding.fused import FusedStep
+from catsparse.decoding.step import State, prefill
+from catsparse.modules import sparse_modules
+from catsparse.surgery import run_dense
+from tiny import SMALL, build, calibrate, llama_config, tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SIZES: dict[str, Any] = SMALL | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 1024,
+}
+CONFIGS = {
+    "llama": llama_config(**SIZES),
+    "llama, tied": llama_config(**SIZES, tie_word_embeddings=True),
+    "llama, biases": llama_config(**SIZES, attention_bias=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, sliding": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+}
+NEW = 40
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    fused._WARNED.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="decode runs the model's own forward")
+        yield
+    loop._KEPT.clear()
+
+
+def make(name: str, sparse: bool = False) -> PreTrainedModel:
+    model = build(CONFIGS[name]).cuda()
+    return catsparse.sparsify(model, calibrate(model)) if sparse else model
+
+
+def step_of(model: Any, batch: int = 1) -> FusedStep | str:
+    state = State.empty(model.config, batch, 256, model.device)
+    state.begin(torch.zeros(batch, dtype=torch.int64))
+    with torch.no_grad():
+        prefill(model, state, tokens(batch, 20).cuda(), False, 2048)
+    return fused.build(model, state.cache, batch)
+
+
+def check(model: Any, ids: Tensor, **options: Any) -> None:
+    """The same tokens as the model's own loop, from our step."""
+    ids = ids.cuda()
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
+    found = decoding.generate(model, ids, max_new_tokens=NEW, do_sample=False, **options)
+    workspace = next(reversed(loop._KEPT[model].workspaces.values()))
+    assert isinstance(workspace.step, FusedStep)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens(name: str, sparse: bool) -> None:
+    check(make(name, sparse), tokens(1, 30))
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral, sliding"])
+def test_padded_batches(name: str, batch: int) -> None:
+    ids = tokens(batch, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    ids[1, :9] = 0
+    check(make(name, sparse=True), ids, attention_mask=mask.cuda())
+
+
+def test_a_real_model_in_fp32() -> None:
+    tokenizer = hub.load_tokenizer("default")
+    windows = load_windows(hub.bundled_text("calibration"), tokenizer, tokens=4096, seq_len=256)
+    model = hub.load_dense_model("default", dtype=torch.float32).cuda()
+    model.generation_config.eos_token_id = None
+    catsparse.sparsify(model, catsparse.calibrate(model, windows, progress=False))
+    if isinstance(reason := step_of(model), str):
+        pytest.skip(f"the bundled model has sizes that the kernels do not take: {reason}")
+    check(model, windows[:1, :200])
+
+
+def test_bf16_up_to_ties() -> None:
+    """Where a token differs from the loop's, its logit was within rounding of the best one."""
+    model = make("llama", sparse=True).bfloat16()
+    ids = tokens(1, 30).cuda()
+    found = decoding.generate(model, ids, max_new_tokens=NEW, do_sample=False)
+    with torch.no_grad():
+        logits = model(found).logits[0, 29:-1].float()
+    chosen = logits.gather(1, found[0, 30:, None])[:, 0]
+    assert ((logits.max(1).values - chosen) <= 0.05 * logits.abs().max(1).values).all()
+
+
+def test_thresholds_and_dense_runs_are_followed() -> None:
+    model = make("llama", sparse=True)
+    ids = tokens(1, 30)
+    check(model, ids)
+    with run_dense(model):
+        check(model, ids)
+    for module in sparse_modules(model).values():
+        module.set_threshold(module.catsparse_threshold * 2, module.catsparse_mean)
+    check(model, ids)
+    with torch.no_grad():
+        for module in sparse_modules(model).values():
+            module.down_proj.weight.mul_(1.5)
+    check(model, ids)
+
+
+def test_another_backend_is_respected() -> None:
+    model = make("llama", sparse=True)
+    catsparse.set_backend(model, "torch")
+    assert "run in torch" in str(step_of(model))
+    catsparse.set_backend(model, "auto", down_copy=False)
+    assert "copy" in str(step_of(model))
+
+
+def test_what_is_built_otherwise() -> None:
+    gemma2 = Gemma2Config(**SIZES, sliding_window=7)
+    assert "softcap" in str(step_of(build(gemma2).cuda()))
+    assert "no RMS norm" in str(step_of(build(CONFIGS["llama"]).cuda().apply(centre)))
+    assert "5 sequences" in str(step_of(make("llama"), batch=5))
+    odd = llama_config(**SIZES | {"head_dim": 48})
+    assert "48" in str(step_of(build(odd).cuda()))
+    model = make("llama")
+    model.model.layers[1].extra = torch.nn.Linear(4, 4, device="cuda")
+    assert "extra" in str(step_of(model))
+
+
+def centre(module: torch.nn.Module) -> None:
+    if type(module).__name__ == "LlamaRMSNorm":
+        module.forward = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]) * module.weight
+
+
+def test_the_same_parts_put_together_otherwise() -> None:
+    """Granite scales what it adds: no part tells, the comparison does, and a warning says so."""
+    few = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    config = GraniteConfig(**few, residual_multiplier=0.7)
+    model = build(config).cuda()
+    with pytest.warns(UserWarning, match="layer 0 computes otherwise"):
+        assert "computes otherwise" in str(step_of(model))
+    plain = GraniteConfig(**few, attention_multiplier=64**-0.5)
+    assert isinstance(step_of(build(plain).cuda()), FusedStep)
+
+
+def test_gemma_norms() -> None:
+    model = build(GemmaConfig(**SIZES)).cuda()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(-0.5, 0.5)
+    check(model, tokens(1, 30))
