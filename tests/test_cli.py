@@ -389,6 +389,7 @@ def test_bench_decode_of_an_artifact(
         ),
         (["decode"], "--config"),
         (["decode", "default", "--batch", "0"], "--batch takes"),
+        (["decode", "default", "--compile", "--device", "cpu"], "needs a GPU"),
         (["decode", "default", "--prompt-tokens", "1"], "from 2 on"),
         (["decode", "default", "--batch", "40", "--prompt-tokens", "5000"], "smaller --batch"),
         (["decode", "default", "--config", "llama-3.2-1b"], "either"),

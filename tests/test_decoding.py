@@ -39,7 +39,7 @@ from catsparse.decoding.graphs import MAX_GRAPHS, Graphs, fingerprint
 from catsparse.decoding.loop import run
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.sampling import Rows, Sampler, Sampling
-from catsparse.decoding.step import ModelStep, State
+from catsparse.decoding.step import CompiledStep, ModelStep, State
 from catsparse.modules import sparse_modules
 from tiny import SMALL, VOCABULARY, build, calibrate, llama_config, tokens
 
@@ -563,7 +563,7 @@ def test_hidden_states_asked_for_earlier_do_not_count_as_hooks(llama: Any) -> No
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``decoding.generate`` as if this were a GPU, without graphs."""
     monkeypatch.setattr(decoding, "_is_on_cpu", lambda model: False)
-    monkeypatch.setattr(decoding, "run", lambda asked: run(asked, capture=False))
+    monkeypatch.setattr(decoding, "run", lambda asked, **how: run(asked, **how, capture=False))
     return decoding.generate
 
 
@@ -601,7 +601,7 @@ def test_a_cpu_model_is_served_by_generate_without_a_word(llama: Any, monkeypatc
 
 
 def test_an_unknown_step(llama: Any) -> None:
-    with pytest.raises(CatsparseError, match="auto, plain"):
+    with pytest.raises(CatsparseError, match="auto, compile, plain"):
         decoding.generate(llama, tokens(1, 6), step="fast")
 
 
@@ -936,3 +936,26 @@ def test_a_step_that_cannot_be_captured_runs_all_the_same(monkeypatch: Any) -> N
         warnings.simplefilter("error")
         runner.run("b", lambda: ran.append(1), None)
     assert len(ran) == 3
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_compiled_step(sparse: bool) -> None:
+    """Two calls of one size are compiled once."""
+    model = build(llama_config())
+    if sparse:
+        catsparse.sparsify(model, calibrate(model))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in (1, 2):
+        ids = tokens(2, 9, seed)
+        expected = model.generate(ids, max_new_tokens=6)
+        found = run(request(model, ids, max_new_tokens=6), compiled=True, capture=False)
+        assert torch.equal(found, expected)
+    (workspace,) = loop._KEPT[model].workspaces.values()
+    assert isinstance(workspace.step, CompiledStep)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_no_compiled_step_on_a_cpu() -> None:
+    with pytest.raises(CatsparseError, match="needs a GPU"):
+        decoding.generate(build(llama_config()), tokens(1, 3), step="compile")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         nvrtc._compiler()
     except OSError:
         pytest.skip("nvidia-cuda-nvrtc is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cubins")
+        patch.setattr(nvrtc, "_cache", lambda: folder)
+        yield
 
 
 def defines(tokens: int, hidden: int, dtype: torch.dtype, act: str) -> tuple[tuple[str, str], ...]:
@@ -83,6 +92,40 @@ def test_what_does_not_compile_says_where(tmp_path: Path) -> None:
     source.write_text("__global__ void f() { nonsense(); }\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r'wrong\.cu.*identifier "nonsense" is undefined'):
         nvrtc.compile_source((source,), (), "sm_90")
+
+
+def test_code_is_kept_and_what_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "_cache", lambda: tmp_path)
+    made: list[str] = []
+    real = nvrtc._compile
+
+    def compile_(text: str, name: str, options: list[str]) -> bytes:
+        made.append(name)
+        return real(text, name, options)
+
+    monkeypatch.setattr(nvrtc, "_compile", compile_)
+
+    def compiled(*defines: tuple[str, str]) -> bytes:
+        nvrtc.compile_source.cache_clear()
+        return nvrtc.compile_source((gpu._SOURCE,), defines, "sm_90")
+
+    code = compiled()
+    assert compiled() == code
+    assert len(made) == 1
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for damage in (whole[:-9], whole[:20], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damage)
+        assert compiled() == code
+    assert len(made) == 5
+    assert path.read_bytes() == whole
+    compiled(("SOMETHING", "1"))
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(nvrtc, "_cache", lambda: tmp_path / "probe.cu" / "no folder")
+    (tmp_path / "probe.cu").write_text("")
+    assert compiled() == code
 
 
 class Argument(ctypes.Structure):

@@ -110,6 +110,13 @@ class SparseMLP(nn.Module):
             self.catsparse_bias,
         )
 
+    def prepare_decode(self) -> None:
+        """Make what few-token calls need of the weights, before a forward that cannot."""
+        if self.why_not_raw() is None and self._is_ready():
+            choice = self._catsparse_choice
+            if choice is not None and choice.op_tokens and self.catsparse_down_copy:
+                self.down_transposed()
+
     def down_transposed(self) -> Tensor:
         """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once."""
         down_t = self._catsparse_down_t  # read once: other threads may be decoding

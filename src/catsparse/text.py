@@ -94,6 +94,7 @@ class TextGenerator:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         if temperature is not None and temperature <= 0:
             raise CatsparseError("temperature must be above 0; use --greedy for the likeliest text")
@@ -101,6 +102,8 @@ class TextGenerator:
             raise CatsparseError(f"top-p must be above 0 and at most 1, not {top_p}")
         self.model, self.tokenizer, self.tokens, self.seed = model, tokenizer, tokens, seed
         self.options: dict[str, Any] = {"num_beams": 1}  # a streamer follows one beam only
+        if compile:
+            self.options["step"] = "compile"
         if greedy:
             self.options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         elif temperature is not None or top_p is not None:

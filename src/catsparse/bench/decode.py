@@ -28,13 +28,14 @@ from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, version
 
 # On a GPU, a step's kernels are built and its graph is captured while these tokens are decoded.
 WARM_TOKENS = 8
+_STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
 
 @dataclass
 class Variant:
     """Dense, or one sparsity with its thresholds; ``intervals`` are seconds between tokens.
 
-    ``transformers`` is dense in transformers' own loop.
+    ``transformers`` is dense in transformers' own loop, ``dense_compiled`` by the compiled step.
     """
 
     impl: str
@@ -54,6 +55,7 @@ def bench_decode(
     rounds: int,
     backend: str = "auto",
     down_copy: bool = True,
+    compiled: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Greedy decode after ``prompt``; the prompt's own time is left out.
@@ -66,6 +68,7 @@ def bench_decode(
         model: a sparse model that holds its calibration.
         name: what the rows call it.
         prompt: ``[B, T]`` token ids.
+        compiled: also decode dense by the model's own forward, compiled; needs a GPU.
         advance: called after every generation.
 
     Raises:
@@ -86,7 +89,8 @@ def bench_decode(
     ]
     try:
         return _bench(
-            model, name, sparsities, prompt, new_tokens, rounds, backend, down_copy, advance
+            *(model, name, sparsities, prompt, new_tokens, rounds),
+            *(backend, down_copy, compiled, advance),
         )
     finally:
         for module, threshold, mean, asked, copy in before:
@@ -103,6 +107,7 @@ def _bench(
     rounds: int,
     backend: str,
     down_copy: bool,
+    compiled: bool,
     advance: Callable[[], None],
 ) -> list[Row]:
     calibration = state_of(model).calibration
@@ -113,6 +118,8 @@ def _bench(
     if on_gpu and new_tokens < WARM_TOKENS + 2:
         raise CatsparseError(f"{new_tokens} new tokens are too few; give {WARM_TOKENS + 2} or more")
     variants = [Variant("transformers", 0.0)] if on_gpu else []
+    if compiled:
+        variants.append(Variant("dense_compiled", 0.0))
     variants.append(Variant("dense", 0.0))
     for s in sorted({0.0, *sparsities}):
         variants.append(_variant(model, calibration, s, prompt, down_copy))
@@ -198,7 +205,7 @@ def _generate(model: Any, variant: Variant, prompt: Tensor, new_tokens: int) -> 
     """Seconds between the new tokens of one run; on a GPU their mean, as tokens come in bunches."""
     _apply(model, variant)
     clock = _Clock()
-    step = "plain" if variant.impl == "transformers" else "auto"
+    step = _STEPS.get(variant.impl, "auto")
     with run_dense(model) if variant.thresholds is None else nullcontext():
         if prompt.shape[0] > 1:  # a streamer takes one sequence: the time of a long and a short run
             return [_difference(model, step, prompt, new_tokens)]

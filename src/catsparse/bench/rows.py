@@ -34,10 +34,11 @@ class Row:
     Attributes:
         what: ``op`` (times in microseconds) or ``decode`` (tokens/s).
         name: shape, config or model.
-        impl: ``dense`` (torch; in ``decode`` rows from a GPU, our step), ``dense_compiled`` (gate
-            and up in one matrix, torch.compile; GPUs only), ``transformers`` (dense in its own
-            loop; decode on GPUs only), ``catsparse``, or a peer's name. catsparse at sparsity 0
-            keeps every neuron, by our kernel where the backend chose it.
+        impl: ``dense``: torch; in ``decode`` rows from a GPU, our step. ``dense_compiled``, on GPUs
+            only: gate and up in one matrix, torch.compile; in ``decode`` rows the compiled step.
+            ``transformers``: dense in its own loop, for ``decode`` on GPUs. ``catsparse``: at
+            sparsity 0 it keeps every neuron, by our kernel where the backend chose it. Or a
+            peer's name.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
         tokens: tokens a call, or sequences of a decode step.
         context: tokens of the prompt before a decode step; 0 for ``op``.

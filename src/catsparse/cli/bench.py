@@ -102,6 +102,9 @@ def decode(
     ] = "32",
     batch: Annotated[str, typer.Option(help="Sequences at once; several by commas.")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also dense by the compiled step; needs a GPU.")
+    ] = False,
     device: Device = None,
     rounds: Rounds = 5,
     threads: Threads = None,
@@ -125,16 +128,19 @@ def decode(
     batches = _numbers(batch, "--batch", 1)
     cases = list(itertools.product(batches, lengths))
     where = _device(device, threads)
+    if compile and where.type != "cuda":
+        raise CatsparseError("--compile needs a GPU; leave it out")
     make = _random if config is not None else _real
     name = config or model or ""
     sparse, prompts = make(name, dtype, str(where), lengths, max(batches))
     rows = []
-    variants = len({0.0, *wanted}) + 1 + (where.type == "cuda")
+    variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
     with _progress(len(cases) * variants * (rounds + 1), "generating") as advance:
         for size, length in cases:
             prompt = prompts[length][:size]
             part = bench_decode(
-                sparse, name, wanted, prompt, new_tokens, rounds, backend, down_copy, advance
+                *(sparse, name, wanted, prompt, new_tokens, rounds),
+                *(backend, down_copy, compile, advance),
             )
             append_rows(output / "rows.jsonl", part)
             rows += part

@@ -14,7 +14,7 @@ import typer
 
 from ..config import shorten, write_atomic
 from ..errors import CatsparseError
-from .common import Device, Dtype, Json, Model, Seed, err, load, summarize_paths
+from .common import Compile, Device, Dtype, Json, Model, Seed, err, load, summarize_paths
 
 if TYPE_CHECKING:  # these bring torch, which --help does not need
     from ..chat import Answer, Chat
@@ -40,6 +40,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     seed: Seed = 0,
+    compile: Compile = False,
     device: Device = None,
     dtype: Dtype = "auto",
     json: Json = False,
@@ -54,7 +55,14 @@ def chat(
 
     loaded, tokenizer = load(model, device, dtype)
     writer = TextGenerator(
-        loaded, tokenizer, tokens, greedy=greedy, temperature=temperature, top_p=top_p, seed=seed
+        loaded,
+        tokenizer,
+        tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        compile=compile,
     )
     _Session(model, Chat(writer, system), json).run()
 

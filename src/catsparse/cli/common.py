@@ -35,6 +35,12 @@ Device = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint says.")
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the model's own forward, for a minute, instead of our kernels."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 

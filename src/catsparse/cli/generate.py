@@ -8,7 +8,19 @@ import typer
 from rich.table import Table
 
 from ..errors import CatsparseError
-from .common import Device, Dtype, Json, Model, Seed, err, load, out, print_json, summarize_paths
+from .common import (
+    Compile,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    err,
+    load,
+    out,
+    print_json,
+    summarize_paths,
+)
 
 if TYPE_CHECKING:  # it brings torch, which --help does not need
     from ..text import TextGenerator, Written
@@ -26,6 +38,7 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Also speed by phase, neurons dropped, bytes skipped.")
     ] = False,
+    compile: Compile = False,
     device: Device = None,
     dtype: Dtype = "auto",
     json: Json = False,
@@ -40,7 +53,14 @@ def generate(
     if compare and not is_sparse:
         raise CatsparseError(f"{model} is dense; --compare needs a folder made by sparsify")
     writer = TextGenerator(
-        loaded, tokenizer, tokens, greedy=greedy, temperature=temperature, top_p=top_p, seed=seed
+        loaded,
+        tokenizer,
+        tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        compile=compile,
     )
     result: dict[str, Any] = {"model": model, "prompt": prompt}
     dense = None

@@ -11,7 +11,7 @@ from .request import Request, resolve
 
 __all__ = ["forget", "generate", "memory_bytes", "why_plain"]
 
-_STEPS = ("auto", "plain")
+_STEPS = ("auto", "compile", "plain")
 _WARNED: set[str] = set()
 
 
@@ -28,7 +28,11 @@ def generate(model: Any, inputs: Any = None, *, step: str = "auto", **kwargs: An
     Args:
         model: a transformers model, dense or sparse.
         inputs: token ids ``[B, T]``, padded on the left; or give ``input_ids=``.
-        step: ``auto``, or ``plain`` for ``model.generate`` itself.
+        step: ``auto``: our own kernels for plain decoders (Llama, Mistral, Qwen, Phi-3, Gemma and
+            what is built like them, up to 4 sequences), checked against the model's own layers on
+            first use, else the model's forward as it is. ``compile``: the model's forward
+            compiled, which takes a minute once and may be faster where ours does not serve.
+            ``plain``: ``model.generate`` itself.
         **kwargs: those of ``model.generate``.
 
     Returns:
@@ -36,15 +40,17 @@ def generate(model: Any, inputs: Any = None, *, step: str = "auto", **kwargs: An
         ``model.generate`` returns if it serves the call.
 
     Raises:
-        CatsparseError: ``step`` is unknown.
+        CatsparseError: ``step`` is unknown, or ``compile`` on a CPU.
     """
     if step not in _STEPS:
         raise CatsparseError(f"step must be one of {', '.join(_STEPS)}, not {step!r}")
+    if step == "compile" and _is_on_cpu(model):
+        raise CatsparseError("step='compile' needs a GPU; on a CPU leave it out")
     if step == "plain" or _is_on_cpu(model):
         return model.generate(inputs, **kwargs)
     request = resolve(model, inputs, kwargs)
     if isinstance(request, Request):
-        return run(request)
+        return run(request, compiled=step == "compile")
     if request not in _WARNED:
         _WARNED.add(request)
         warnings.warn(f"model.generate runs this call: {request}", stacklevel=2)

@@ -118,7 +118,7 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
             (
                 sparse.catsparse_enabled,
                 sparse.catsparse_prefill,
-                0,
+                sparse.catsparse_backend,
                 sparse.catsparse_down_copy,
                 None if copy is None else copy.data_ptr(),
             )

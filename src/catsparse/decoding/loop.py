@@ -20,19 +20,28 @@ from .fused import FusedStep
 from .graphs import Graphs, fingerprint
 from .request import Request
 from .sampling import Rows, Sampler
-from .step import Factory, ModelStep, State, Step, prefill
+from .step import CompiledStep, Factory, ModelStep, State, Step, prefill
 
 LAG = 4  # steps that the host reads behind the device
 MAX_WORKSPACES = 2  # batch sizes kept for each model
 
 # Tried in this order; the last takes every model.
 FACTORIES: tuple[Factory, ...] = (FusedStep.try_build, ModelStep.try_build)
+COMPILED: tuple[Factory, ...] = (CompiledStep.try_build,)
 
 
 class Workspace:
     """What one model's calls of one batch size share: buffers, the step and its graphs."""
 
-    def __init__(self, model: Any, batch: int, slots: int, capture: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        slots: int,
+        factories: tuple[Factory, ...],
+        capture: bool,
+    ) -> None:
+        self.factories = factories
         self.device: torch.device = model.device
         self.state = State.empty(model.config, batch, slots, self.device)
         self.rows = Rows.empty(batch, slots + 1, self.device)
@@ -71,14 +80,14 @@ class _Kept:
         self.lock = threading.Lock()
         self.workspaces: OrderedDict[tuple[object, ...], Workspace] = OrderedDict()
 
-    def take(self, model: Any, batch: int, slots: int, capture: bool) -> Workspace:
-        key = batch, model.device, model.dtype, capture
+    def take(self, model: Any, batch: int, slots: int, compiled: bool, capture: bool) -> Workspace:
+        key = batch, model.device, model.dtype, compiled, capture
         found = self.workspaces.pop(key, None)
         if found is None or found.state.cache.slots < slots:
             if found is not None:
                 found.graphs.clear()
             del found  # its memory serves the larger one
-            found = Workspace(model, batch, slots, capture)
+            found = Workspace(model, batch, slots, COMPILED if compiled else FACTORIES, capture)
         self.workspaces[key] = found
         while len(self.workspaces) > MAX_WORKSPACES:
             _, oldest = self.workspaces.popitem(last=False)
@@ -107,6 +116,7 @@ def forget(model: nn.Module) -> None:
 def run(
     request: Request,
     *,
+    compiled: bool = False,
     capture: bool = True,
     smallest: int = SMALLEST_WINDOW,
     lag: int = LAG,
@@ -115,6 +125,7 @@ def run(
 
     Args:
         request: from :func:`.request.resolve`.
+        compiled: decode by the model's own forward under ``torch.compile``.
         capture: launch each step as a CUDA graph; else run it as it is.
         smallest: the smallest window of the cache that attention reads.
         lag: steps that the host may read behind; a CPU needs none.
@@ -129,7 +140,7 @@ def run(
         kept = _KEPT.setdefault(model, _Kept())
     # Buffers made in inference mode could not be written outside of it, by a later call.
     with kept.lock, _on(model.device), torch.inference_mode(False), torch.no_grad():
-        workspace = kept.take(model, batch, slots, capture)
+        workspace = kept.take(model, batch, slots, compiled, capture)
         workspace.begin(request)
         columns = _decode(request, workspace, smallest, lag)
         workspace.end(model)
@@ -162,7 +173,7 @@ def _decode(request: Request, workspace: Workspace, smallest: int, lag: int) -> 
                     reader.rewind()
                     return answer.columns
             if not last:
-                step = workspace.step = workspace.step or _build(model, state)
+                step = workspace.step = workspace.step or _build(model, workspace)
                 used = request.ids.shape[1] + launched
                 cursor.window = min(bucket(used, smallest), state.cache.slots)
                 window = cursor.window if step.windowed else 0
@@ -171,9 +182,9 @@ def _decode(request: Request, workspace: Workspace, smallest: int, lag: int) -> 
     return answer.columns
 
 
-def _build(model: Any, state: State) -> Step:
-    batch = state.tokens.shape[0]
-    steps = (factory(model, state.cache, batch) for factory in FACTORIES)
+def _build(model: Any, workspace: Workspace) -> Step:
+    state = workspace.state
+    steps = (make(model, state.cache, state.tokens.shape[0]) for make in workspace.factories)
     return next(step for step in steps if step is not None)
 
 

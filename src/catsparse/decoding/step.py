@@ -1,6 +1,7 @@
 """One step of decode on static device buffers, and the prefill that fills them.
 
-A step may be anything that fits :class:`Step`; :class:`ModelStep` calls the model's own forward.
+A step may be anything that fits :class:`Step`; :class:`ModelStep` calls the model's own forward,
+:class:`CompiledStep` the same compiled, and the fused step (fused.py) our own kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..modules import sparse_modules
 from .cache import WindowCache
 
 
@@ -106,7 +108,34 @@ class ModelStep:
     def __call__(self, tokens: Tensor, state: State) -> Tensor:
         mask = state.mask[:, : state.cache.cursor.window]
         positions = (state.position - state.starts)[:, None]
-        return _forward(self._model(), state.cache, tokens, mask, positions)
+        model = self._model()
+        return _forward(model, state.cache, tokens, mask, positions, _keep_one(model))
+
+
+class CompiledStep(ModelStep):
+    """The model's own forward, compiled: faster where no fused step serves, after a minute or so.
+
+    It is built for one size of the cache, all of which it reads: another would be compiled anew.
+    """
+
+    windowed: ClassVar[bool] = False
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for module in sparse_modules(model).values():
+            module.prepare_decode()  # a compiled forward cannot
+        self._forward = torch.compile(_forward, dynamic=False)
+        self._keep = _keep_one(model)
+
+    @classmethod
+    def try_build(cls, model: Any, cache: WindowCache, batch: int) -> CompiledStep:
+        return cls(model)
+
+    def __call__(self, tokens: Tensor, state: State) -> Tensor:
+        state.cache.cursor.window = state.cache.slots
+        positions = (state.position - state.starts)[:, None]
+        model = self._model()
+        return self._forward(model, state.cache, tokens, state.mask, positions, self._keep)
 
 
 def prefill(model: Any, state: State, ids: Tensor, padded: bool, chunk: int) -> Tensor:
@@ -120,16 +149,21 @@ def prefill(model: Any, state: State, ids: Tensor, padded: bool, chunk: int) -> 
         mask = state.mask[:, :end] if padded else None
         slots = torch.arange(start, end, device=ids.device)
         positions = (slots - state.starts[:, None]).clamp(min=0)
-        logits = _forward(model, state.cache, ids[:, start:end], mask, positions)
+        part = ids[:, start:end]
+        logits = _forward(model, state.cache, part, mask, positions, _keep_one(model))
     cursor.start, cursor.window = None, state.cache.slots
     state.position.fill_(length)
     return logits
 
 
 def _forward(
-    model: Any, cache: WindowCache, ids: Tensor, mask: Tensor | None, positions: Tensor
+    model: Any,
+    cache: WindowCache,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    keep: dict[str, int],
 ) -> Tensor:
-    keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     output = model(
         input_ids=ids,
         attention_mask=mask,
@@ -141,6 +175,11 @@ def _forward(
     )
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+def _keep_one(model: Any) -> dict[str, int]:
+    """What makes the forward compute the last token's logits alone, if it can."""
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
 def takes(model: Any, *names: str) -> bool:

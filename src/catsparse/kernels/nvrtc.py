@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .build import cache_folders
+
 # Numbers of the driver's API.
 _LAUNCH_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_DIGEST = 32  # bytes
 
 
 class _Attribute(ctypes.Structure):
@@ -93,18 +99,61 @@ def compile_source(
 ) -> bytes:
     """The machine code of ``sources``, in order, with ``defines``, for ``arch`` (as ``sm_90``).
 
+    It is kept in the user's cache (see :mod:`catsparse.kernels.build`), as compiling takes half a
+    second.
+
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    nvrtc = _compiler()
-    program = ctypes.c_void_p()
     text = "".join(f'#line 1 "{p.name}"\n{p.read_text(encoding="utf-8")}' for p in sources)
     name = sources[-1].name
+    options = [f"-arch={arch}", "-std=c++17", "-lineinfo"]
+    options += [f"-D{define}={value}" for define, value in defines]
+    parts = (text, *options, _version())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    path = _cache() / f"{sources[-1].stem}-{key}.cubin"
+    code = _read(path)
+    if code is None:
+        code = _compile(text, name, options)
+        _write(path, code)
+    return code
+
+
+@functools.cache
+def _cache() -> Path:
+    return next(cache_folders())
+
+
+def _read(path: Path) -> bytes | None:
+    """Code that was kept; None if there is none, or it is not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:_DIGEST], data[_DIGEST:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """In one step, for those who read at the same time."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError:  # a full disk, say: compiled again the next time
+        return
+
+
+def _compile(text: str, name: str, options: list[str]) -> bytes:
+    nvrtc = _compiler()
+    program = ctypes.c_void_p()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None):
         raise RuntimeError("NVRTC cannot make a program")
     try:
-        options = [f"-arch={arch}", "-std=c++17", "-lineinfo"]
-        options += [f"-D{name}={value}" for name, value in defines]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array):
             log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
@@ -112,6 +161,12 @@ def compile_source(
         return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 def load_module(code: bytes, device: torch.device) -> ctypes.c_void_p:
