@@ -13,7 +13,7 @@ from torch import Tensor
 import catsparse
 from catsparse import decoding, hub
 from catsparse.decoding import loop
-from catsparse.decoding.step import ModelStep
+from catsparse.decoding.step import CompiledStep, ModelStep
 from catsparse.modules import sparse_modules
 from test_decoding import CONFIGS, Recorder, padded
 from tiny import build, calibrate, tokens
@@ -206,3 +206,14 @@ def test_a_prompt_on_the_host_is_moved(dense: Any) -> None:
     ids = tokens(1, 30)
     expected = dense.generate(ids.cuda(), max_new_tokens=NEW)
     assert torch.equal(decoding.generate(dense, ids, max_new_tokens=NEW), expected)
+
+
+def test_the_compiled_step(sparse: Any) -> None:
+    ids = tokens(1, 30).cuda()
+    expected = sparse.generate(ids, max_new_tokens=NEW)
+    for _ in range(2):
+        found = decoding.generate(sparse, ids, step="compile", max_new_tokens=NEW)
+        assert torch.equal(found, expected)
+    assert captures(sparse) == 1
+    (workspace,) = kept(sparse)
+    assert isinstance(workspace.step, CompiledStep)
