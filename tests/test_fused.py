@@ -1,4 +1,7 @@
-"""The fused decode step: which models it takes, and that it decodes as ``model.generate`` does."""
+"""The fused decode step: which models it takes, and that it decodes as ``model.generate`` does.
+
+On a GPU with its kernels and graphs; on a CPU with the kernels' maths in torch.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,15 @@ from transformers import (
 )
 
 import catsparse
-from catsparse import decoding, hub
-from catsparse.data import load_windows
+import kernels_in_torch
+from catsparse import decoding
 from catsparse.decoding import fused, loop
 from catsparse.decoding.fused import FusedStep
+from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
 from catsparse.modules import sparse_modules
 from catsparse.surgery import run_dense
 from tiny import SMALL, build, calibrate, llama_config, tokens
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
 
 SIZES: dict[str, Any] = SMALL | {
     "hidden_size": 256,
@@ -55,17 +54,28 @@ CONFIGS = {
 NEW = 40
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ],
+)
+
+
+@pytest.fixture(autouse=True, params=["cpu", GPU])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "cpu":
+        kernels_in_torch.install(monkeypatch)
     fused._WARNED.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="decode runs the model's own forward")
-        yield
+        yield request.param
     loop._KEPT.clear()
 
 
-def make(name: str, sparse: bool = False) -> PreTrainedModel:
-    model = build(CONFIGS[name]).cuda()
+def make(name: str, device: str, sparse: bool = False) -> PreTrainedModel:
+    model = build(CONFIGS[name]).to(device)
     return catsparse.sparsify(model, calibrate(model)) if sparse else model
 
 
@@ -73,15 +83,24 @@ def step_of(model: Any, batch: int = 1) -> FusedStep | str:
     state = State.empty(model.config, batch, 256, model.device)
     state.begin(torch.zeros(batch, dtype=torch.int64))
     with torch.no_grad():
-        prefill(model, state, tokens(batch, 20).cuda(), False, 2048)
+        prefill(model, state, tokens(batch, 20).to(model.device), False, 2048)
     return fused.build(model, state.cache, batch)
+
+
+def decode(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    options |= {"max_new_tokens": NEW, "do_sample": False}
+    if ids.is_cuda:
+        return decoding.generate(model, ids, **options)
+    asked = resolve(model, ids, options)
+    assert isinstance(asked, Request)
+    return loop.run(asked, capture=False)
 
 
 def check(model: Any, ids: Tensor, **options: Any) -> None:
     """The same tokens as the model's own loop, from our step."""
-    ids = ids.cuda()
+    ids = ids.to(model.device)
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
-    found = decoding.generate(model, ids, max_new_tokens=NEW, do_sample=False, **options)
+    found = decode(model, ids, **options)
     workspace = next(reversed(loop._KEPT[model].workspaces.values()))
     assert isinstance(workspace.step, FusedStep)
     assert torch.equal(found, expected)
@@ -89,44 +108,33 @@ def check(model: Any, ids: Tensor, **options: Any) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens(name: str, sparse: bool) -> None:
-    check(make(name, sparse), tokens(1, 30))
+def test_greedy_tokens(name: str, sparse: bool, device: str) -> None:
+    check(make(name, device, sparse), tokens(1, 30))
 
 
 @pytest.mark.parametrize("batch", [2, 4])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral, sliding"])
-def test_padded_batches(name: str, batch: int) -> None:
+def test_padded_batches(name: str, batch: int, device: str) -> None:
     ids = tokens(batch, 20)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     ids[1, :9] = 0
-    check(make(name, sparse=True), ids, attention_mask=mask.cuda())
+    check(make(name, device, sparse=True), ids, attention_mask=mask.to(device))
 
 
-def test_a_real_model_in_fp32() -> None:
-    tokenizer = hub.load_tokenizer("default")
-    windows = load_windows(hub.bundled_text("calibration"), tokenizer, tokens=4096, seq_len=256)
-    model = hub.load_dense_model("default", dtype=torch.float32).cuda()
-    model.generation_config.eos_token_id = None
-    catsparse.sparsify(model, catsparse.calibrate(model, windows, progress=False))
-    if isinstance(reason := step_of(model), str):
-        pytest.skip(f"the bundled model has sizes that the kernels do not take: {reason}")
-    check(model, windows[:1, :200])
-
-
-def test_bf16_up_to_ties() -> None:
+def test_bf16_up_to_ties(device: str) -> None:
     """Where a token differs from the loop's, its logit was within rounding of the best one."""
-    model = make("llama", sparse=True).bfloat16()
-    ids = tokens(1, 30).cuda()
-    found = decoding.generate(model, ids, max_new_tokens=NEW, do_sample=False)
+    model = make("llama", device, sparse=True).bfloat16()
+    ids = tokens(1, 30).to(device)
+    found = decode(model, ids)
     with torch.no_grad():
         logits = model(found).logits[0, 29:-1].float()
     chosen = logits.gather(1, found[0, 30:, None])[:, 0]
     assert ((logits.max(1).values - chosen) <= 0.05 * logits.abs().max(1).values).all()
 
 
-def test_thresholds_and_dense_runs_are_followed() -> None:
-    model = make("llama", sparse=True)
+def test_thresholds_and_dense_runs_are_followed(device: str) -> None:
+    model = make("llama", device, sparse=True)
     ids = tokens(1, 30)
     check(model, ids)
     with run_dense(model):
@@ -140,23 +148,24 @@ def test_thresholds_and_dense_runs_are_followed() -> None:
     check(model, ids)
 
 
-def test_another_backend_is_respected() -> None:
-    model = make("llama", sparse=True)
+@pytest.mark.parametrize("device", [GPU], indirect=True)
+def test_another_backend_is_respected(device: str) -> None:
+    model = make("llama", device, sparse=True)
     catsparse.set_backend(model, "torch")
     assert "run in torch" in str(step_of(model))
     catsparse.set_backend(model, "auto", down_copy=False)
     assert "copy" in str(step_of(model))
 
 
-def test_what_is_built_otherwise() -> None:
+def test_what_is_built_otherwise(device: str) -> None:
     gemma2 = Gemma2Config(**SIZES, sliding_window=7)
-    assert "softcap" in str(step_of(build(gemma2).cuda()))
-    assert "no RMS norm" in str(step_of(build(CONFIGS["llama"]).cuda().apply(centre)))
-    assert "5 sequences" in str(step_of(make("llama"), batch=5))
+    assert "softcap" in str(step_of(build(gemma2).to(device)))
+    assert "no RMS norm" in str(step_of(make("llama", device).apply(centre)))
+    assert "5 sequences" in str(step_of(make("llama", device), batch=5))
     odd = llama_config(**SIZES | {"head_dim": 48})
-    assert "48" in str(step_of(build(odd).cuda()))
-    model = make("llama")
-    model.model.layers[1].extra = torch.nn.Linear(4, 4, device="cuda")
+    assert "48" in str(step_of(build(odd).to(device)))
+    model = make("llama", device)
+    model.model.layers[1].extra = torch.nn.Linear(4, 4, device=device)
     assert "extra" in str(step_of(model))
 
 
@@ -165,19 +174,19 @@ def centre(module: torch.nn.Module) -> None:
         module.forward = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]) * module.weight
 
 
-def test_the_same_parts_put_together_otherwise() -> None:
+def test_the_same_parts_put_together_otherwise(device: str) -> None:
     """Granite scales what it adds: no part tells, the comparison does, and a warning says so."""
     few = {k: v for k, v in SIZES.items() if k != "head_dim"}
     config = GraniteConfig(**few, residual_multiplier=0.7)
-    model = build(config).cuda()
+    model = build(config).to(device)
     with pytest.warns(UserWarning, match="layer 0 computes otherwise"):
         assert "computes otherwise" in str(step_of(model))
     plain = GraniteConfig(**few, attention_multiplier=64**-0.5)
-    assert isinstance(step_of(build(plain).cuda()), FusedStep)
+    assert isinstance(step_of(build(plain).to(device)), FusedStep)
 
 
-def test_gemma_norms() -> None:
-    model = build(GemmaConfig(**SIZES)).cuda()
+def test_gemma_norms(device: str) -> None:
+    model = build(GemmaConfig(**SIZES)).to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -16,12 +16,16 @@ from torch import Tensor
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch
 from ..kernels.linear import linear
+from ..surgery import run_dense
 from .cache import WindowCache
 from .step import ModelStep, State
 from .structure import Decoder, Layer, Mlp, NotPlain, find_decoder
 
-# Of a layer's update, beside the rounding of its output; 16-bit sums and masks differ more.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Of a layer's update, beside the rounding of its output.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+# (w_down^T, threshold, mean, bias)
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 _WARNED: set[str] = set()
 
@@ -64,11 +68,11 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, state: State) -> Tensor:
         x = self._x.copy_(self.decoder.embed(tokens[:, 0]))
-        for index in range(len(self.decoder.layers)):
-            self._layer(index, x, state)
+        for index, weights in enumerate(self._mlps):
+            self._layer(index, x, state, weights)
         return self._logits(x)
 
-    def _layer(self, index: int, x: Tensor, state: State) -> None:
+    def _layer(self, index: int, x: Tensor, state: State, weights: _Weights) -> None:
         """One layer, in place."""
         layer: Layer = self.decoder.layers[index]
         cached: Any = state.cache.layers[index]
@@ -89,7 +93,7 @@ class FusedStep:
             self._attended,
         )
         h = linear(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
-        down_t, threshold, mean, bias = self._mlps[index]
+        down_t, threshold, mean, bias = weights
         mlp = layer.mlp
         launch(
             h,
@@ -110,8 +114,8 @@ class FusedStep:
         decoder = self.decoder
         return linear(x, (decoder.head,), (decoder.head_bias,), decoder.norm)
 
-    def _weights(self, mlp: Mlp) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(w_down^T, threshold, mean, bias); a dense MLP is one that keeps every neuron."""
+    def _weights(self, mlp: Mlp) -> _Weights:
+        """A dense MLP is one that keeps every neuron."""
         module = mlp.module
         if module is None:
             return mlp.down.detach().t().contiguous(), self._keep_all, None, None
@@ -146,7 +150,8 @@ def build(model: Any, cache: WindowCache, batch: int) -> FusedStep | str:
 def _check(model: Any, step: FusedStep, cache: WindowCache, batch: int) -> None:
     """Run the model's own layers on a token after the prompt, and each of ours on their inputs.
 
-    Both write the slot that the next step overwrites.
+    Both dense: a gate next to its threshold may be decided either way, and a real difference would
+    drown in that. Both write the slot that the next step overwrites.
 
     Raises:
         NotPlain: a layer's result differs by more than rounding.
@@ -167,7 +172,8 @@ def _check(model: Any, step: FusedStep, cache: WindowCache, batch: int) -> None:
         m.register_forward_hook(note, with_kwargs=True) for m in step.decoder.modules
     ]
     try:
-        logits = ModelStep.try_build(model, cache, batch)(tokens, state)
+        with run_dense(model):
+            logits = ModelStep.try_build(model, cache, batch)(tokens, state)
     finally:
         for hook in hooks:
             hook.remove()
@@ -177,7 +183,7 @@ def _check(model: Any, step: FusedStep, cache: WindowCache, batch: int) -> None:
         raise NotPlain("its embeddings are changed before the first layer")
     for index, (before, after) in enumerate(seen):
         x = step._x.copy_(before)
-        step._layer(index, x, state)
+        step._layer(index, x, state, (step._mlps[index][0], step._keep_all, None, None))
         _compare(f"layer {index}", x, after, after - before)
     _compare("output layer", step._logits(step._x.copy_(seen[-1][1])), logits, logits)
 

@@ -1,0 +1,104 @@
+"""The decode step's kernels as plain torch, so that the step itself runs on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from catsparse.decoding import fused, structure
+from catsparse.kernels import Backend, Choice, gated_mlp_reference
+from catsparse.kernels.stream import Norm
+from catsparse.modules import SparseMLP
+
+
+def rms(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.offset:
+        return (normed * (norm.offset + norm.weight.float())).to(x.dtype)
+    return norm.weight * normed.to(x.dtype)
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    x = rms(x, norm)
+    y = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+    y = y if residual is None else residual + y
+    return y if out is None else out.copy_(y)
+
+
+def attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    position: Tensor,
+    starts: Tensor,
+    scratch: Any,
+    scale: float,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    window: int,
+    out: Tensor,
+) -> Tensor:
+    tokens, few, _, size = keys.shape
+    many = out.shape[1] // size
+    q, k, v = qkv.view(tokens, -1, size).split([many, few, few], dim=1)
+
+    def turned(x: Tensor) -> Tensor:
+        at = position - starts
+        other = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
+        return x * cosines[at][:, None] + other * sines[at][:, None]
+
+    used = int(position)
+    keys[:, :, used], values[:, :, used] = turned(rms(k, k_norm)), v
+    slots = torch.arange(used + 1)
+    seen = slots >= starts[:, None]
+    if window:
+        seen = seen & (slots > used - window)
+    y = F.scaled_dot_product_attention(
+        turned(rms(q, q_norm))[:, :, None],
+        keys[:, :, : used + 1].repeat_interleave(many // few, 1),
+        values[:, :, : used + 1].repeat_interleave(many // few, 1),
+        attn_mask=seen[:, None, None],
+        scale=scale,
+    )
+    return out.copy_(y.reshape(tokens, -1))
+
+
+def launch(
+    x: Tensor,
+    *arguments: Any,
+    norm: Norm | None,
+    residual: Tensor,
+    out: Tensor,
+    early: bool,
+) -> Tensor:
+    return out.copy_(residual + gated_mlp_reference(rms(x, norm), *arguments))
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put them in the kernels' place, and let every layer pass for one on a GPU."""
+    for kernel in (linear, attention, launch):
+        monkeypatch.setattr(fused, kernel.__name__, kernel)
+    scratch = SimpleNamespace(partial=torch.empty(0))
+    monkeypatch.setattr(fused, "Scratch", SimpleNamespace(make=lambda *_: scratch))
+    for name in ("why_not_cuda", "why_not_linear", "why_not_sizes"):
+        monkeypatch.setattr(structure, name, lambda *_: None)
+    choice = Choice(Backend.CUDA, 4, "stands in for a GPU")
+    monkeypatch.setattr(SparseMLP, "choose_backend", lambda *_: choice)
