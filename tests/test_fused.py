@@ -49,6 +49,12 @@ CONFIGS = {
     "mistral, sliding": MistralConfig(**SIZES, sliding_window=7),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    "qwen3, sliding by turns": Qwen3Config(
+        **SIZES,
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
 }
 NEW = 40
