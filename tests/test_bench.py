@@ -18,7 +18,7 @@ from catsparse import CatsparseError, bench
 from catsparse.bench import decode, op, rows, shapes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
-from catsparse.report import latency_figure, plot_speed
+from catsparse.report import measured_figure, plot_speed
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -419,7 +419,7 @@ def test_latency_shows_what_was_measured() -> None:
     rows = [asdict(row) for row in run_op(rounds=1, peers={"gather": op.index_select})]
     rows.append(rows[0] | {"impl": "dense_compiled", "p50": 123.0})
     other = [row | {"name": "other", "p50": 2 * row["p50"]} for row in rows]
-    figure = latency_figure(rows + other)
+    figure = measured_figure(rows + other)
     panels = [axis for axis in figure.axes if axis.lines]
     assert [axis.get_title(loc="left").split(",")[0] for axis in panels] == ["40", "other"]
     for axis, times in zip(panels, (1.0, 2.0), strict=True):
@@ -433,7 +433,15 @@ def test_latency_shows_what_was_measured() -> None:
         assert list(lines["gather"].get_xdata()) == [0.5, 0.9]
 
 
-def test_decode_rows_have_no_latency(tmp_path: Path, sparse_model: Any) -> None:
+def test_decode_rows_have_a_rate(tmp_path: Path, sparse_model: Any) -> None:
     found = bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 3, rounds=1)
-    paths = plot_speed([asdict(row) for row in found], tmp_path)
-    assert {path.name for path in paths} == {"speed.png", "speed.svg"}
+    rows = [asdict(row) for row in found]
+    paths = plot_speed(rows, tmp_path)
+    names = ("speed", "rate")
+    assert {p.name for p in paths} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
+    (axis,) = measured_figure(rows).axes
+    assert axis.get_ylabel() == "tokens/s"
+    assert axis.get_title(loc="left").endswith("context 4")
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert lines["catsparse"] == [found[1].p50, found[2].p50]
+    assert lines["byte limit"] == [found[1].limit, found[2].limit]

@@ -100,12 +100,15 @@ def plot_directory(
 def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
     """Draw the rows of one benchmark run in PNG and SVG into ``output``.
 
-    ``speed`` is the speedup; ``latency``, of ``op`` rows only, the time of a call.
+    ``speed`` is the speedup; ``latency``, of ``op`` rows, the time of a call; ``rate``, of
+    ``decode`` rows, tokens/s.
     """
-    figures = {"speed": speed_figure(rows)}
-    if rows[0]["what"] == "op":
-        figures["latency"] = latency_figure(rows)
+    name = "latency" if rows[0]["what"] == "op" else "rate"
+    figures = {"speed": speed_figure(rows), name: measured_figure(rows)}
     return _save(figures, Path(output))
+
+
+_DENSE = {"dense": ":", "dense_compiled": "-.", "transformers": (0, (1, 4))}  # lines' styles
 
 
 def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
@@ -131,10 +134,11 @@ def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def latency_figure(rows: Sequence[dict[str, Any]]) -> Any:
-    """Time of a call against sparsity, beside the byte limit, the dense lines and the peers (the
-    CATS paper's figure of its kernel)."""
-    figure, panels = _panels(rows, "µs a call", sharey=False)
+def measured_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Time of a call, or tokens/s, against sparsity, beside the byte limit, the dense lines and the
+    peers (the CATS paper's figure of its kernel)."""
+    label = "µs a call" if rows[0]["what"] == "op" else "tokens/s"
+    figure, panels = _panels(rows, label, sharey=False)
     for axis, chosen in panels:
         own = _line(chosen, "catsparse")
         shares = [row["sparsity"] for row in own]
@@ -142,8 +146,8 @@ def latency_figure(rows: Sequence[dict[str, Any]]) -> Any:
         axis.plot(shares, limits, "--", color=_MUTED, linewidth=1.2, label="byte limit")
         for impl in dict.fromkeys(row["impl"] for row in chosen):
             line = _line(chosen, impl)
-            if impl.startswith("dense"):
-                style = ":" if impl == "dense" else "-."
+            if impl in _DENSE:
+                style = _DENSE[impl]
                 axis.axhline(line[0]["p50"], linestyle=style, color=_INK, linewidth=1, label=impl)
                 continue
             points = [(row["sparsity"], row["p50"]) for row in line]
