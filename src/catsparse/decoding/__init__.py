@@ -29,7 +29,7 @@ def generate(model: Any, inputs: Any = None, *, step: str = "auto", **kwargs: An
         model: a transformers model, dense or sparse.
         inputs: token ids ``[B, T]``, padded on the left; or give ``input_ids=``.
         step: ``auto``: our own kernels for plain decoders (Llama, Mistral, Qwen, Phi-3, Gemma and
-            what is built like them, up to 4 sequences), checked against the model's own layers on
+            what is built like them, up to 16 sequences), checked against the model's own layers on
             first use, else the model's forward as it is. ``compile``: the model's forward
             compiled, which takes a minute once and may be faster where ours does not serve.
             ``plain``: ``model.generate`` itself.

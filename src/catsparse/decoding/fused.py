@@ -1,21 +1,26 @@
 """The decode step of a plain decoder in our own kernels: five launches a layer.
 
 Norms, rotary embedding, cache writes and residual sums are part of the launch that needs them, and
-each kernel asks for its weights before the one ahead has ended. It is used only once it has given
-what the model's own layers give on the prompt at hand.
+each kernel asks for its weights before the one ahead has ended. With more than four sequences the
+products are torch's, as they read everything anyway. The step is used only once it has given what
+the model's own layers give on the prompt at hand.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import gated_mlp
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch
 from ..kernels.linear import linear
+from ..kernels.stream import Norm
 from ..surgery import run_dense
 from .cache import WindowCache
 from .step import ModelStep, State
@@ -37,6 +42,7 @@ class FusedStep:
 
     def __init__(self, decoder: Decoder, cache: WindowCache, batch: int) -> None:
         self.decoder = decoder
+        self._few = batch <= decoder.few
         device, dtype = decoder.head.device, decoder.dtype
         hidden = decoder.head.shape[1]
         width = decoder.heads * decoder.head_size
@@ -76,7 +82,7 @@ class FusedStep:
         """One layer, in place."""
         layer: Layer = self.decoder.layers[index]
         cached: Any = state.cache.layers[index]
-        qkv = linear(x, layer.qkv, layer.qkv_bias, layer.norm, out=self._qkv)
+        qkv = self._product(x, layer.qkv, layer.qkv_bias, layer.norm, out=self._qkv)
         attended = attention(
             qkv,
             cached.keys,
@@ -92,9 +98,14 @@ class FusedStep:
             layer.window,
             self._attended,
         )
-        h = linear(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
+        h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
         down_t, threshold, mean, bias = weights
         mlp = layer.mlp
+        if not self._few:
+            normed = _normed(h, layer.mlp_norm)
+            y = gated_mlp(normed, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
+            torch.add(h, y, out=x)
+            return
         launch(
             h,
             mlp.gate,
@@ -112,7 +123,25 @@ class FusedStep:
 
     def _logits(self, x: Tensor) -> Tensor:
         decoder = self.decoder
-        return linear(x, (decoder.head,), (decoder.head_bias,), decoder.norm)
+        return self._product(x, (decoder.head,), (decoder.head_bias,), decoder.norm)
+
+    def _product(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """:func:`catsparse.kernels.linear.linear`, by torch for many sequences."""
+        if self._few:
+            return linear(x, weights, biases, norm, residual, out)
+        x = x if norm is None else _normed(x, norm)
+        parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        y = y if residual is None else residual + y
+        return y if out is None else out.copy_(y)
 
     def _weights(self, mlp: Mlp) -> _Weights:
         """A dense MLP is one that keeps every neuron."""
@@ -145,6 +174,15 @@ def build(model: Any, cache: WindowCache, batch: int) -> FusedStep | str:
     except NotPlain as reason:
         return str(reason)
     return step
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    """RMS norm, rounded where transformers' modules round."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.offset:
+        return (wide * (norm.offset + norm.weight.float())).to(x.dtype)
+    return norm.weight * wide.to(x.dtype)
 
 
 def _check(model: Any, step: FusedStep, cache: WindowCache, batch: int) -> None:

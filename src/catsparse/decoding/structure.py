@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ACTIVATIONS, Backend
+from ..kernels import ACTIVATIONS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
 from ..kernels.linear import why_not_linear
@@ -76,6 +76,12 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.head.dtype
 
+    @property
+    def few(self) -> int:
+        """The most sequences that our products take at once; more are torch's."""
+        rows = [*self.layers[0].qkv, self.layers[0].o, self.layers[0].mlp.gate]
+        return min(group_size(w.shape[1] * w.element_size()) for w in rows)
+
 
 @torch.no_grad()
 def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
@@ -125,10 +131,8 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise NotPlain(f"it has a {name}")
-    rows = [*decoder.layers[0].qkv, decoder.layers[0].o, decoder.layers[0].mlp.gate]
-    most = min(group_size(w.shape[1] * w.element_size()) for w in rows)
-    if batch > most:
-        raise NotPlain(f"{batch} sequences are more than {most}")
+    if batch > MAX_OP_TOKENS:
+        raise NotPlain(f"{batch} sequences are more than {MAX_OP_TOKENS}")
     return decoder
 
 
