@@ -959,3 +959,24 @@ def test_the_compiled_step(sparse: bool) -> None:
 def test_no_compiled_step_on_a_cpu() -> None:
     with pytest.raises(CatsparseError, match="needs a GPU"):
         decoding.generate(build(llama_config()), tokens(1, 3), step="compile")
+
+
+def test_a_cache_that_does_not_fit(
+    llama: Any, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(State, "empty", full)
+    ids = tokens(1, 6)
+    with pytest.warns(match="no memory for a cache of 1 x"):
+        found = served(llama, ids, max_new_tokens=3)
+    assert torch.equal(found, llama.generate(ids, max_new_tokens=3))
+
+
+def test_compiled_steps_have_code_objects_of_their_own(llama: Any) -> None:
+    """Else torch counts their compilations together, and runs the ninth as it is."""
+    state = State.empty(llama.config, 1, 8, llama.device)
+    steps = [CompiledStep.try_build(llama, state.cache, 1) for _ in range(2)]
+    codes = {id(step._forward._torchdynamo_orig_callable.__code__) for step in steps}
+    assert len(codes) == 2

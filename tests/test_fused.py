@@ -5,6 +5,7 @@ On a GPU with its kernels and graphs; on a CPU with the kernels' maths in torch.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,8 @@ from catsparse.decoding import fused, loop
 from catsparse.decoding.fused import FusedStep
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
-from catsparse.modules import sparse_modules
+from catsparse.kernels import Backend, Choice
+from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import run_dense
 from tiny import SMALL, build, calibrate, llama_config, tokens
 
@@ -107,9 +109,12 @@ def check(model: Any, ids: Tensor, **options: Any) -> None:
     ids = ids.to(model.device)
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
     found = decode(model, ids, **options)
-    workspace = next(reversed(loop._KEPT[model].workspaces.values()))
-    assert isinstance(workspace.step, FusedStep)
     assert torch.equal(found, expected)
+    assert isinstance(last_step(model), FusedStep)
+
+
+def last_step(model: Any) -> Any:
+    return next(reversed(loop._KEPT[model].workspaces.values())).step
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -198,3 +203,138 @@ def test_gemma_norms(device: str) -> None:
             if "norm" in name:
                 parameter.uniform_(-0.5, 0.5)
     check(model, tokens(1, 30))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("data", [False, True])
+def test_changed_weights_are_followed(sparse: bool, data: bool, device: str) -> None:
+    """Ours runs first, so that nothing has looked at the weights since."""
+    if sparse and data:
+        pytest.skip("a sparse layer follows what the version counter tells")
+    model = make("llama", device, sparse)
+    ids = tokens(1, 30).to(device)
+    before = decode(model, ids)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.mlp.down_proj.weight
+            (weight.data if data else weight).mul_(-1.0)
+    found = decode(model, ids)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=NEW, do_sample=False))
+    assert isinstance(last_step(model), FusedStep)
+
+
+def test_batch_sizes_share_the_copies_of_dense_weights(device: str) -> None:
+    model = make("llama", device)
+    one, two = step_of(model, 1), step_of(model, 2)
+    assert isinstance(one, FusedStep)
+    assert isinstance(two, FusedStep)
+    for mine, other in zip(one._mlps, two._mlps, strict=True):
+        assert mine[0].data_ptr() == other[0].data_ptr()
+    weights = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    assert all(fused._COPIES[weight]() is not None for weight in weights)
+    del one, two, mine, other
+    gc.collect()
+    assert all(fused._COPIES[weight]() is None for weight in weights)
+
+
+def outsized(model: Any) -> Any:
+    """One dimension of every embedding far above the others, in bf16."""
+    model = model.bfloat16()
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding[:, 3] = 3000 * embedding.float().norm(dim=1).mean()
+    return model
+
+
+def test_outsized_activations_do_not_hide_a_difference(device: str) -> None:
+    few = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    config = GraniteConfig(**few | {"initializer_range": 0.05}, residual_multiplier=0.7)
+    model = outsized(build(config).to(device))
+    with pytest.warns(UserWarning, match="computes otherwise"):
+        assert "computes otherwise" in str(step_of(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_outsized_activations_are_no_difference(name: str, device: str) -> None:
+    assert isinstance(step_of(outsized(make(name, device))), FusedStep)
+
+
+def test_results_without_bounds_are_a_difference(device: str) -> None:
+    model = make("llama", device)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("inf")
+    with pytest.warns(UserWarning, match="output layer computes otherwise"):
+        assert "output layer" in str(step_of(model))
+
+
+def test_what_depends_on_the_position_shows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is scaled from some position on, as Ministral3's, far behind the prompt."""
+    model = make("llama", device)
+    attention = type(model.model.layers[0].self_attn)
+    own = attention.forward
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        out, weights = own(self, hidden_states, **kwargs)
+        cache = kwargs["past_key_values"]
+        return out * torch.where(cache.cursor.position > 200, 1.3, 1.0), weights
+
+    monkeypatch.setattr(attention, "forward", forward)
+    with pytest.warns(UserWarning, match="layer 0 computes otherwise"):
+        assert "layer 0" in str(step_of(model))
+
+
+def test_the_check_leaves_the_cache_as_it_was(device: str) -> None:
+    model = make("llama", device)
+    state = State.empty(model.config, 1, 256, model.device)
+    state.begin(torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        prefill(model, state, tokens(1, 20).to(model.device), False, 2048)
+    before = [layer.keys[:, :, :20].clone() for layer in state.cache.layers]
+    assert isinstance(fused.build(model, state.cache, 1), FusedStep)
+    assert int(state.position) == 20
+    for layer, keys in zip(state.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, :20], keys)
+        assert not layer.keys[:, :, 20:].any()
+        assert not layer.values[:, :, 20:].any()
+
+
+def test_parts_that_do_not_fit(device: str) -> None:
+    model = make("llama", device)
+    state = State.empty(model.config, 1, 64, model.device)
+    state.begin(torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        prefill(model, state, tokens(1, 20).to(model.device), False, 2048)
+    attention = model.model.layers[0].self_attn
+    size, attention.head_dim = attention.head_dim, "many"
+    with pytest.warns(UserWarning, match="do not fit"):
+        assert "ValueError" in str(fused.build(model, state.cache, 1))
+    attention.head_dim = size
+    model.model.norm.to(torch.bfloat16)
+    assert "weights of torch.bfloat16" in str(fused.build(model, state.cache, 1))
+    del model.model.layers[1]
+    assert "1 layers" in str(fused.build(model, state.cache, 1))
+
+
+def test_the_reason_is_kept(device: str) -> None:
+    model = make("llama", device)
+    ids = tokens(1, 5).to(device)
+    assert decoding.why_not_fused(model) is None
+    model.model.layers[1].extra = torch.nn.Linear(4, 4, device=device).eval()
+    decode(model, ids)
+    assert "extra" in str(decoding.why_not_fused(model))
+    del model.model.layers[1].extra
+    decode(model, ids)
+    assert decoding.why_not_fused(model) is None
+
+
+def test_no_copy_is_made_where_none_is_allowed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama", device, sparse=True)
+    choice = Choice(Backend.TORCH, 0, "the copy is not allowed")
+    monkeypatch.setattr(SparseMLP, "choose_backend", lambda *_: choice)
+    for module in sparse_modules(model).values():
+        module.catsparse_down_copy = False
+    with run_dense(model):
+        assert "not allowed" in str(step_of(model))

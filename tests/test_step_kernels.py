@@ -174,7 +174,17 @@ class Heads:
 @pytest.mark.parametrize("used", [0, 1, 31, 33, 300, 5000])
 @pytest.mark.parametrize(
     ("size", "kv_heads", "group"),
-    [(64, 8, 4), (128, 8, 4), (128, 4, 1), (128, 2, 8), (256, 3, 1), (64, 3, 3)],
+    [
+        (64, 8, 4),
+        (128, 8, 4),
+        (128, 4, 1),
+        (128, 2, 8),
+        (256, 3, 1),
+        (64, 3, 3),
+        (64, 2, 8),
+        (256, 1, 4),
+        (128, 1, 6),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(dtype: torch.dtype, size: int, kv_heads: int, group: int, used: int) -> None:

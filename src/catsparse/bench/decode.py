@@ -147,7 +147,8 @@ def _variant(
     variant = Variant("catsparse", sparsity, thresholds)
     modules = sparse_modules(model).values()
     _apply(model, variant)
-    if all(m._catsparse_choice and m._catsparse_choice.kernel_tokens for m in modules):
+    choices = [module._catsparse_choice for module in modules]
+    if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
         share = 2 / 3 if down_copy else 1 / 3
         variant.bytes_skipped = share * (1 - _kept(model, prompt))
     variant.max_err = _check(model, prompt)

@@ -6,10 +6,11 @@ import warnings
 from typing import Any
 
 from ..errors import CatsparseError
-from .loop import forget, memory_bytes, run
+from .fused import why_not_fused
+from .loop import NoRoomError, forget, memory_bytes, run
 from .request import Request, resolve
 
-__all__ = ["forget", "generate", "memory_bytes", "why_plain"]
+__all__ = ["forget", "generate", "memory_bytes", "why_not_fused", "why_plain"]
 
 _STEPS = ("auto", "compile", "plain")
 _WARNED: set[str] = set()
@@ -28,9 +29,10 @@ def generate(model: Any, inputs: Any = None, *, step: str = "auto", **kwargs: An
     Args:
         model: a transformers model, dense or sparse.
         inputs: token ids ``[B, T]``, padded on the left; or give ``input_ids=``.
-        step: ``auto``: our own kernels for plain decoders (Llama, Mistral, Qwen, Phi-3, Gemma and
-            what is built like them, up to 16 sequences), checked against the model's own layers on
-            first use, else the model's forward as it is. ``compile``: the model's forward
+        step: ``auto``: our own kernels for plain decoders (Llama, Mistral, Qwen and what is built
+            like them, with heads of 64, 128 or 256 elements; up to 16 sequences), checked against
+            the model's own layers on first use, else the model's forward as it is;
+            :func:`why_not_fused` tells afterwards why. ``compile``: the model's forward
             compiled, which takes a minute once and may be faster where ours does not serve.
             ``plain``: ``model.generate`` itself.
         **kwargs: those of ``model.generate``.
@@ -50,7 +52,10 @@ def generate(model: Any, inputs: Any = None, *, step: str = "auto", **kwargs: An
         return model.generate(inputs, **kwargs)
     request = resolve(model, inputs, kwargs)
     if isinstance(request, Request):
-        return run(request, compiled=step == "compile")
+        try:
+            return run(request, compiled=step == "compile")
+        except NoRoomError as error:
+            request = str(error)
     if request not in _WARNED:
         _WARNED.add(request)
         warnings.warn(f"model.generate runs this call: {request}", stacklevel=2)

@@ -129,6 +129,6 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
 def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
     version = 0 if tensor.is_inference() else tensor._version
     try:
-        return tensor.data_ptr(), version, tensor.dtype
+        return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
     except RuntimeError:  # a subclass without storage of its own
         return id(tensor), version, tensor.dtype

@@ -30,6 +30,10 @@ FACTORIES: tuple[Factory, ...] = (FusedStep.try_build, ModelStep.try_build)
 COMPILED: tuple[Factory, ...] = (CompiledStep.try_build,)
 
 
+class NoRoomError(Exception):
+    """The cache does not fit in the device's memory; nothing has been decoded."""
+
+
 class Workspace:
     """What one model's calls of one batch size share: buffers, the step and its graphs."""
 
@@ -54,6 +58,8 @@ class Workspace:
         if self._fingerprint is None or self._fingerprint != fingerprint(request.model):
             self.graphs.clear()
             self.step = None
+        if self.step is not None:
+            self.step.refresh()
         self._fingerprint = None  # an interrupted call leaves none
         self.state.begin(request.starts)
         self.rows.finished.zero_()
@@ -102,7 +108,7 @@ _KEPT_LOCK = threading.Lock()
 def memory_bytes(model: nn.Module) -> int:
     """Device memory that decoding keeps for ``model``: caches, buffers and the graphs' pools."""
     kept = _KEPT.get(model)
-    return sum(one.nbytes for one in kept.workspaces.values()) if kept else 0
+    return sum(one.nbytes for one in list(kept.workspaces.values())) if kept else 0
 
 
 def forget(model: nn.Module) -> None:
@@ -140,9 +146,16 @@ def run(
         kept = _KEPT.setdefault(model, _Kept())
     # Buffers made in inference mode could not be written outside of it, by a later call.
     with kept.lock, _on(model.device), torch.inference_mode(False), torch.no_grad():
-        workspace = kept.take(model, batch, slots, compiled, capture)
-        workspace.begin(request)
-        columns = _decode(request, workspace, smallest, lag)
+        try:
+            workspace = kept.take(model, batch, slots, compiled, capture)
+        except torch.OutOfMemoryError as error:
+            raise NoRoomError(f"there is no memory for a cache of {batch} x {slots}") from error
+        try:
+            workspace.begin(request)
+            columns = _decode(request, workspace, smallest, lag)
+        except BaseException:
+            _wait(model.device)  # steps under way write what the next call begins with
+            raise
         workspace.end(model)
         new = torch.tensor(columns, dtype=torch.int64).t()
         return torch.cat([request.ids, new], 1).to(model.device)
@@ -272,6 +285,11 @@ class _Answer:
 def _generator(device: torch.device) -> torch.Generator:
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.default_generators[index]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

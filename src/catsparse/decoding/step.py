@@ -7,6 +7,7 @@ A step may be anything that fits :class:`Step`; :class:`ModelStep` calls the mod
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ class Step(Protocol):
         """Device memory of its own."""
         ...
 
+    def refresh(self) -> None:
+        """Called before each prompt: what was made of weights is made again."""
+        ...
+
     def __call__(self, tokens: Tensor, state: State) -> Tensor: ...
 
 
@@ -105,6 +110,9 @@ class ModelStep:
     def try_build(cls, model: Any, cache: WindowCache, batch: int) -> ModelStep:
         return cls(model)
 
+    def refresh(self) -> None:
+        pass
+
     def __call__(self, tokens: Tensor, state: State) -> Tensor:
         mask = state.mask[:, : state.cache.cursor.window]
         positions = (state.position - state.starts)[:, None]
@@ -124,7 +132,9 @@ class CompiledStep(ModelStep):
         super().__init__(model)
         for module in sparse_modules(model).values():
             module.prepare_decode()  # a compiled forward cannot
-        self._forward = torch.compile(_forward, dynamic=False)
+        # A code object of its own: torch counts compilations by those, and gives up after eight.
+        own = types.FunctionType(_forward.__code__.replace(), _forward.__globals__)
+        self._forward = torch.compile(own, dynamic=False)
         self._keep = _keep_one(model)
 
     @classmethod
@@ -135,7 +145,10 @@ class CompiledStep(ModelStep):
         state.cache.cursor.window = state.cache.slots
         positions = (state.position - state.starts)[:, None]
         model = self._model()
-        return self._forward(model, state.cache, tokens, state.mask, positions, self._keep)
+        logits: Tensor = self._forward(
+            model, state.cache, tokens, state.mask, positions, self._keep
+        )
+        return logits
 
 
 def prefill(model: Any, state: State, ids: Tensor, padded: bool, chunk: int) -> Tensor:

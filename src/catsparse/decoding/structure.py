@@ -17,11 +17,12 @@ from ..kernels import ACTIVATIONS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
 from ..kernels.linear import why_not_linear
-from ..kernels.stream import Norm, group_size, whole_pieces
+from ..kernels.stream import PIECE, Norm, group_size, whole_pieces
 from ..modules import SparseMLP
 from ..sites import find_sites
 
-_UNUSUAL = ("softcap", "clip_qkv", "temperature_tuning")  # parts of a config's keys
+# Parts of a config's keys: what changes results in ways that may not show where they are compared.
+_UNUSUAL = ("softcap", "clip_qkv", "temperature_tuning", "scaling_beta", "no_rope")
 
 
 class NotPlain(Exception):
@@ -63,7 +64,7 @@ class Decoder:
 
     embed: nn.Module
     layers: tuple[Layer, ...]
-    modules: tuple[nn.Module, ...]  # the layers, to be hooked while the step is checked
+    layer_modules: tuple[nn.Module, ...]  # to be hooked while the step is checked
     norm: Norm
     head: Tensor
     head_bias: Tensor | None
@@ -79,7 +80,7 @@ class Decoder:
     @property
     def few(self) -> int:
         """The most sequences that our products take at once; more are torch's."""
-        rows = [*self.layers[0].qkv, self.layers[0].o, self.layers[0].mlp.gate]
+        rows = [w for layer in self.layers for w in (layer.qkv[0], layer.o, layer.mlp.gate)]
         return min(group_size(w.shape[1] * w.element_size()) for w in rows)
 
 
@@ -93,11 +94,13 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     Raises:
         NotPlain: it is built otherwise, or the kernels do not take its sizes.
     """
-    unusual = [k for k, v in vars(model.config).items() if v and any(u in k for u in _UNUSUAL)]
+    unusual = [k for k in _set_keys(vars(model.config)) if any(u in k for u in _UNUSUAL)]
     if unusual:
         raise NotPlain(f"its config has {unusual[0]}")
     base = _part(model, model.base_model_prefix)
     layers = list(_part(base, "layers"))
+    if len(layers) != len(sliding):
+        raise NotPlain(f"it has {len(layers)} layers, its cache {len(sliding)}")
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise NotPlain(f"its output layer is a {type(head).__name__}")
@@ -118,7 +121,7 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
             _layer(layer, window if slides else 0, (heads, kv_heads, head_size))
             for layer, slides in zip(layers, sliding, strict=True)
         ),
-        modules=tuple(layers),
+        layer_modules=tuple(layers),
         norm=_norm(_part(base, "norm")),
         head=head.weight,
         head_bias=head.bias,
@@ -128,6 +131,13 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
         head_size=head_size,
     )
     known = {id(tensor) for tensor in _tensors(decoder)}
+    for tensor in _tensors(decoder):
+        if tensor is None:
+            continue
+        if tensor.dtype != decoder.dtype:
+            raise NotPlain(f"it has weights of {tensor.dtype} and of {decoder.dtype}")
+        if not tensor.is_contiguous() or tensor.data_ptr() % PIECE:
+            raise NotPlain("its weights are not contiguous, or start between pieces")
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise NotPlain(f"it has a {name}")
@@ -142,6 +152,8 @@ def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
     rows = [heads * size, kv_heads * size, kv_heads * size]
     if hasattr(attention, "qkv_proj"):
         weight, bias = _linear(attention, "qkv_proj")
+        if weight.shape[0] != sum(rows):
+            raise NotPlain("its attention has other sizes than its config")
         qkv = weight.split(rows)
         biases = (None,) * 3 if bias is None else tuple(bias.split(rows))
         owners: tuple[Tensor | None, ...] = (weight, bias)
@@ -183,7 +195,8 @@ def _mlp(layer: nn.Module) -> Mlp:
         if weights is None:
             raise NotPlain(f"an MLP's {sparse.why_not_raw()}")
         choice = sparse.choose_backend(sparse.catsparse_backend, sparse.catsparse_down_copy)
-        if sparse.catsparse_enabled and choice.backend is not Backend.CUDA:
+        runs = sparse.catsparse_enabled or not sparse.catsparse_down_copy
+        if runs and choice.backend is not Backend.CUDA:
             raise NotPlain(f"its MLPs run in {choice.backend.value}: {choice.reason}")
         gate, up, down = weights
         act = sparse.site_act
@@ -246,10 +259,19 @@ def _part(parent: Any, name: str) -> Any:
     return getattr(parent, name)
 
 
+def _set_keys(config: dict[str, Any]) -> Iterator[str]:
+    """Keys of a config that are set to anything, those of its parts as well."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _set_keys(value)
+        elif value:
+            yield str(key)
+
+
 def _tensors(decoder: Decoder) -> Iterator[Tensor | None]:
     yield from decoder.embed.parameters()
     yield from (decoder.norm.weight, decoder.head, decoder.head_bias)
-    for layer, module in zip(decoder.layers, decoder.modules, strict=True):
+    for layer, module in zip(decoder.layers, decoder.layer_modules, strict=True):
         yield from layer.owners
         yield from (layer.o, layer.o_bias, layer.norm.weight, layer.mlp_norm.weight)
         yield from (norm.weight for norm in (layer.q_norm, layer.k_norm) if norm is not None)
