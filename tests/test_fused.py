@@ -320,12 +320,15 @@ def test_the_reason_is_kept(device: str) -> None:
     model = make("llama", device)
     ids = tokens(1, 5).to(device)
     assert decoding.why_not_fused(model) is None
+    assert decoding.last_step(model) is None
     model.model.layers[1].extra = torch.nn.Linear(4, 4, device=device).eval()
     decode(model, ids)
     assert "extra" in str(decoding.why_not_fused(model))
+    assert "the model's own forward in one CUDA graph (it has a" in str(decoding.last_step(model))
     del model.model.layers[1].extra
     decode(model, ids)
     assert decoding.why_not_fused(model) is None
+    assert decoding.last_step(model) == "our kernels in one CUDA graph"
 
 
 def test_no_copy_is_made_where_none_is_allowed(

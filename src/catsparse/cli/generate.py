@@ -108,6 +108,7 @@ def _show(text: str) -> None:
 
 
 def _measured(model: Any, written: Written, is_sparse: bool) -> dict[str, Any]:
+    from .. import decoding
     from ..bench.decode import bytes_per_token
     from ..surgery import model_paths
     from ..text import measure
@@ -116,6 +117,7 @@ def _measured(model: Any, written: Written, is_sparse: bool) -> dict[str, Any]:
         "prompt_tokens": written.prompt_tokens,
         "seconds_to_first_token": written.seconds_to_first_token,
         "decode_tokens_per_second": written.decode_tokens_per_second,
+        "step": decoding.last_step(model) or "model.generate",
     }
     if not is_sparse:
         return found
@@ -141,13 +143,14 @@ def _show_stats(result: dict[str, Any]) -> None:
     row("new", f"{result['tokens']} tokens, {_rate(result, '')}")
     if "dense_text" in result:
         row("dense", f"{_time(result, 'dense_')}, {_rate(result, 'dense_')}")
+    row("a token by", result["step"])
     if "sparsity" in result:
         low, high = result["sparsity_min"], result["sparsity_max"]
         row("neurons dropped", f"{result['sparsity']:.1%} ({low:.1%} to {high:.1%} by MLP)")
         of_all = result["bytes_skipped_of_all"]
         share = "" if of_all is None else f", {of_all:.1%} of all that a step reads"
         row("bytes skipped", f"{result['bytes_skipped']:.1%} of the MLPs' weights{share}")
-        row("decode by", result["decode"])
+        row("MLPs by", result["decode"])
     out.print(grid, highlight=False)
 
 

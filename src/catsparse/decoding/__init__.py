@@ -7,10 +7,10 @@ from typing import Any
 
 from ..errors import CatsparseError
 from .fused import why_not_fused
-from .loop import NoRoomError, forget, memory_bytes, run
+from .loop import NoRoomError, forget, last_step, memory_bytes, run
 from .request import Request, resolve
 
-__all__ = ["forget", "generate", "memory_bytes", "why_not_fused", "why_plain"]
+__all__ = ["forget", "generate", "last_step", "memory_bytes", "why_not_fused", "why_plain"]
 
 _STEPS = ("auto", "compile", "plain")
 _WARNED: set[str] = set()

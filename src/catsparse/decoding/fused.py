@@ -42,6 +42,7 @@ _COPIES: Any = WeakIdKeyDictionary()  # of weights: weak references to their tra
 class FusedStep:
     """See :class:`catsparse.decoding.step.Step`; made by :meth:`try_build`."""
 
+    words: ClassVar[str] = "our kernels"
     windowed: ClassVar[bool] = False
 
     def __init__(self, decoder: Decoder, cache: WindowCache, batch: int) -> None:

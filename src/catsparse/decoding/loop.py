@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import SMALLEST_WINDOW, bucket
-from .fused import FusedStep
+from .fused import FusedStep, why_not_fused
 from .graphs import Graphs, fingerprint
 from .request import Request
 from .sampling import Rows, Sampler
@@ -109,6 +109,16 @@ def memory_bytes(model: nn.Module) -> int:
     """Device memory that decoding keeps for ``model``: caches, buffers and the graphs' pools."""
     kept = _KEPT.get(model)
     return sum(one.nbytes for one in list(kept.workspaces.values())) if kept else 0
+
+
+def last_step(model: nn.Module) -> str | None:
+    """What decoded the last call for ``model`` here, in words; None if none did."""
+    kept = _KEPT.get(model)
+    step = next(reversed(kept.workspaces.values())).step if kept and kept.workspaces else None
+    if step is None:
+        return None
+    reason = why_not_fused(model) if type(step) is ModelStep else None
+    return f"{step.words} in one CUDA graph" + (f" ({reason})" if reason else "")
 
 
 def forget(model: nn.Module) -> None:

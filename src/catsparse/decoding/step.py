@@ -76,6 +76,11 @@ class Step(Protocol):
     """
 
     @property
+    def words(self) -> str:
+        """What decodes, for people."""
+        ...
+
+    @property
     def windowed(self) -> bool:
         """Whether it reads ``state.cache.cursor.window``, so a graph is good for one window."""
         ...
@@ -100,6 +105,7 @@ Factory = Callable[[Any, WindowCache, int], Step | None]
 class ModelStep:
     """The model's own forward; serves every model that :mod:`.request` lets through."""
 
+    words: ClassVar[str] = "the model's own forward"
     windowed: ClassVar[bool] = True
     nbytes: ClassVar[int] = 0
 
@@ -126,6 +132,7 @@ class CompiledStep(ModelStep):
     It is built for one size of the cache, all of which it reads: another would be compiled anew.
     """
 
+    words: ClassVar[str] = "the model's own forward, compiled"
     windowed: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
