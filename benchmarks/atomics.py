@@ -2,13 +2,14 @@
 
 The other version is made from the same source: blocks add to one zeroed output instead of writing
 partial ones, and the second launch only rounds it. Its results differ from run to run. Both take
-turns in one run, as CUDA graphs.
+turns in one run, as CUDA graphs. Prints rows: medians in microseconds.
 
     python benchmarks/atomics.py [shape ...]
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -92,11 +93,17 @@ def main(names: list[str]) -> None:
                     for version, graph in graphs.items():
                         seconds[version].append(gpu_seconds(graph.replay) / CALLS)
                 ordered, atomic = (1e6 * statistics.median(seconds[v]) for v in versions)
-                print(
-                    f"{name} at {sparsity:.0%}: ordered {ordered:.2f} µs, atomic {atomic:.2f} µs, "
-                    f"ordered costs {ordered / atomic - 1:+.1%}",
-                    flush=True,
-                )
+                row = {
+                    "what": "fixed_order",
+                    "name": name,
+                    "device": torch.cuda.get_device_name(device),
+                    "dtype": "bfloat16",
+                    "sparsity": sparsity,
+                    "ordered": round(ordered, 2),
+                    "atomic": round(atomic, 2),
+                    "ordered_costs": round(ordered / atomic - 1, 4),
+                }
+                print(json.dumps(row), flush=True)
             use(ORDERED, False)
 
 
