@@ -231,9 +231,15 @@ def test_batch_sizes_share_the_copies_of_dense_weights(device: str) -> None:
     assert isinstance(two, FusedStep)
     for mine, other in zip(one._mlps, two._mlps, strict=True):
         assert mine[0].data_ptr() == other[0].data_ptr()
+    halves = step_of(model.bfloat16(), 3)
+    assert isinstance(halves, FusedStep)
+    assert halves._mlps[0][0].dtype == torch.bfloat16
+    del halves
     weights = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    model.float()
+    three = step_of(model, 3)
     assert all(fused._COPIES[weight]() is not None for weight in weights)
-    del one, two, mine, other
+    del one, two, three, mine, other
     gc.collect()
     assert all(fused._COPIES[weight]() is None for weight in weights)
 

@@ -217,12 +217,19 @@ def _normed(x: Tensor, norm: Norm) -> Tensor:
 
 def _transposed(weight: Tensor) -> Tensor:
     """One copy for all steps of a model, as long as any of them lives."""
+    turned = weight.detach().t()
     known = _COPIES.get(weight)
     copy: Tensor | None = None if known is None else known()
-    if copy is None:
-        copy = weight.detach().t().contiguous()
+    # A parameter stays the same object when its model is moved or cast.
+    if copy is None or (copy.shape, copy.dtype, copy.device) != (
+        turned.shape,
+        turned.dtype,
+        turned.device,
+    ):
+        copy = turned.contiguous()
         _COPIES[weight] = weakref.ref(copy)
-    return copy.copy_(weight.detach().t())
+        return copy
+    return copy.copy_(turned)
 
 
 def _check(model: Any, step: FusedStep, cache: WindowCache, batch: int) -> None:
