@@ -357,6 +357,12 @@ def test_a_batch_reads_what_any_of_its_sequences_keeps(sparse_model: Any) -> Non
     assert all(module.catsparse_counter is None for module in sparse_modules(sparse_model).values())
 
 
+def test_a_batch_needs_a_longer_run_than_the_one_taken_off(sparse_model: Any) -> None:
+    batch = torch.full((2, 4), 5)
+    with pytest.raises(CatsparseError, match="give 10 or more"):
+        bench.bench_decode(sparse_model, "tiny", [0.5], batch, 8, rounds=1)
+
+
 def test_the_union_of_a_step() -> None:
     union = decode._Union(2)
     union(torch.tensor([[[True, False, False, True]], [[True, True, False, False]]]))

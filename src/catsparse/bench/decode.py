@@ -26,7 +26,8 @@ from ..modules import SparseMLP, sparse_modules
 from ..surgery import run_dense, set_backend, state_of
 from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, versions
 
-# On a GPU, a step's kernels are built and its graph is captured while these tokens are decoded.
+# On a GPU, a step's kernels are built and its graph is captured while these tokens are decoded; a
+# batch's time is that of a long run less one of so many tokens.
 WARM_TOKENS = 8
 _STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
@@ -115,7 +116,7 @@ def _bench(
     set_backend(model, backend, down_copy)
     prompt = prompt.to(model.device)
     on_gpu = prompt.is_cuda
-    if on_gpu and new_tokens < WARM_TOKENS + 2:
+    if (on_gpu or prompt.shape[0] > 1) and new_tokens < WARM_TOKENS + 2:
         raise CatsparseError(f"{new_tokens} new tokens are too few; give {WARM_TOKENS + 2} or more")
     variants = [Variant("transformers", 0.0)] if on_gpu else []
     if compiled:

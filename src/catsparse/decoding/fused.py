@@ -22,7 +22,7 @@ from ..kernels import gated_mlp
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch
 from ..kernels.linear import linear
-from ..kernels.stream import Norm
+from ..kernels.stream import Norm, rms_norm
 from ..surgery import run_dense
 from .cache import WindowCache
 from .step import ModelStep, State
@@ -115,7 +115,7 @@ class FusedStep:
         down_t, threshold, mean, bias = weights
         mlp = layer.mlp
         if not self._few:
-            normed = _normed(h, layer.mlp_norm)
+            normed = rms_norm(h, layer.mlp_norm)
             y = gated_mlp(normed, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
             torch.add(h, y, out=x)
             return
@@ -150,7 +150,7 @@ class FusedStep:
         """:func:`catsparse.kernels.linear.linear`, by torch for many sequences."""
         if self._few:
             return linear(x, weights, biases, norm, residual, out)
-        x = x if norm is None else _normed(x, norm)
+        x = x if norm is None else rms_norm(x, norm)
         parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         y = y if residual is None else residual + y
@@ -204,15 +204,6 @@ def build(model: Any, cache: WindowCache, batch: int) -> FusedStep | str:
         what = " ".join(str(error).split())[:80]
         return _told(f"its parts do not fit together ({type(error).__name__}: {what})")
     return step
-
-
-def _normed(x: Tensor, norm: Norm) -> Tensor:
-    """RMS norm, rounded where transformers' modules round."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    if norm.offset:
-        return (wide * (norm.offset + norm.weight.float())).to(x.dtype)
-    return norm.weight * wide.to(x.dtype)
 
 
 def _transposed(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..kernels import ACTIVATIONS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
 from ..kernels.linear import why_not_linear
-from ..kernels.stream import PIECE, Norm, group_size, whole_pieces
+from ..kernels.stream import PIECE, Norm, group_size, rms_norm, whole_pieces
 from ..modules import SparseMLP
 from ..sites import find_sites
 
@@ -232,17 +232,14 @@ def _norm(module: nn.Module) -> Norm:
     x = torch.linspace(-3, 2.5, 2 * weight.numel(), device=weight.device).to(weight.dtype)
     x = x.view(2, -1)
     y = module(x)
-    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    tolerance = 4 * torch.finfo(x.dtype).eps
     for offset in (0.0, 1.0):
-        if offset:
-            mine = (x.float() * scale * (offset + weight.float())).to(x.dtype)
-        else:
-            mine = weight * (x.float() * scale).to(x.dtype)
-        tolerance = 4 * torch.finfo(x.dtype).eps
+        norm = Norm(weight, float(eps), offset)
+        mine = rms_norm(x, norm).float()
         if y.shape == mine.shape and torch.allclose(
-            y.float(), mine.float(), rtol=tolerance, atol=tolerance
+            y.float(), mine, rtol=tolerance, atol=tolerance
         ):
-            return Norm(weight, float(eps), offset)
+            return norm
     raise NotPlain(f"its {type(module).__name__} is no RMS norm")
 
 

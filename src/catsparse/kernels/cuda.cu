@@ -11,7 +11,7 @@
  * Each block writes a partial output; a second, small kernel adds them in order. There are no
  * atomics: the bits of a result depend on the inputs and the number of blocks alone. Both kernels
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
- * results before they read or write anything.
+ * results before they read or write anything; weights excepted, where the caller says `early`.
  *
  * Stands behind numbers.cuh and stream.cuh, and needs these constants more:
  *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu

@@ -45,6 +45,15 @@ class Norm:
     offset: float = 0.0
 
 
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """``norm`` of ``x`` ``[..., H]`` in torch, rounded where transformers' modules round."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.offset:
+        return (wide * (norm.offset + norm.weight.float())).to(x.dtype)
+    return norm.weight * wide.to(x.dtype)
+
+
 class NormArgument(ctypes.Structure):
     """``Norm`` of stream.cuh."""
 
