@@ -154,7 +154,8 @@ def measured_figure(rows: Sequence[dict[str, Any]]) -> Any:
             color, marks = (_MARK, "o-") if impl == "catsparse" else (None, "^-")
             axis.plot(*zip(*points, strict=True), marks, color=color, markersize=4, label=impl)
         axis.set_ylim(bottom=0)
-    panels[0][0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
