@@ -22,7 +22,7 @@ from torch import Tensor
 from catsparse.bench.gpu import capture, gpu_seconds
 from catsparse.bench.op import INPUTS, Setup
 from catsparse.bench.shapes import find_shape
-from catsparse.kernels import cuda
+from catsparse.kernels import Call, cuda
 
 ORDERED = cuda.SOURCE
 STORE = "*(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);"
@@ -81,7 +81,7 @@ def main(names: list[str]) -> None:
                         for call in range(CALLS):
                             layer = call % len(layers)  # noqa: B023
                             x, limit = setup.inputs[call % INPUTS], thresholds[layer]  # noqa: B023
-                            results.append(cuda.launch(x, *layers[layer], limit, "silu"))  # noqa: B023
+                            results.append(cuda.launch(Call(x, *layers[layer], limit, "silu")))  # noqa: B023
 
                     work()
                     first[version] = results[0].float()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catsparse.decoding import fused, structure
-from catsparse.kernels import Backend, Choice, gated_mlp_reference
+from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
 from catsparse.kernels.stream import Norm
 from catsparse.modules import SparseMLP
 
@@ -81,15 +81,8 @@ def attention(
     return out.copy_(y.reshape(tokens, -1))
 
 
-def launch(
-    x: Tensor,
-    *arguments: Any,
-    norm: Norm | None,
-    residual: Tensor,
-    out: Tensor,
-    early: bool,
-) -> Tensor:
-    return out.copy_(residual + gated_mlp_reference(rms(x, norm), *arguments))
+def launch(call: Call, norm: Norm | None, residual: Tensor, out: Tensor, early: bool) -> Tensor:
+    return out.copy_(residual + gated_mlp_reference(*call._replace(x=rms(call.x, norm))))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

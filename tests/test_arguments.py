@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from catsparse.kernels.arguments import belong_together
+from catsparse.kernels.arguments import Call, belong_together
 
 H, N, OUT = 6, 5, 4
 
@@ -37,7 +37,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_they_do(changed: dict[str, Any]) -> None:
-    assert belong_together(**arguments(**changed))
+    assert belong_together(Call(**arguments(**changed)))
 
 
 META = torch.device("meta")
@@ -72,4 +72,4 @@ META = torch.device("meta")
     ],
 )
 def test_they_do_not(changed: dict[str, Any]) -> None:
-    assert not belong_together(**arguments(**changed))
+    assert not belong_together(Call(**arguments(**changed)))

@@ -33,6 +33,7 @@ from catsparse.kernels import (
     gated_mlp,
     gated_mlp_reference,
 )
+from catsparse.kernels.arguments import Call
 from catsparse.kernels.build import Library
 from catsparse.kernels.cpu import gated_mlp_cpu
 
@@ -455,14 +456,14 @@ def test_what_does_not_fit_goes_to_the_reference(
     arguments = small(**MISFITS[misfit])
     monkeypatch.setattr(cpu, "_Problem", refuse)
 
-    def outcome(function: Callable[..., Tensor]) -> Any:
+    def outcome(function: Callable[[dict[str, Any]], Tensor]) -> Any:
         try:
-            return function(**arguments)
+            return function(arguments)
         except (RuntimeError, KeyError, IndexError, NotImplementedError) as error:
             return type(error)
 
-    expected = outcome(gated_mlp_reference)
-    found = outcome(gated_mlp_cpu)
+    expected = outcome(lambda given: gated_mlp_reference(**given))
+    found = outcome(lambda given: gated_mlp_cpu(Call(**given)))
     assert type(found) is type(expected)
     if not isinstance(expected, Tensor):
         assert found is expected
@@ -488,7 +489,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu, "cpu_library", lambda: Library(Full(), ""))  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="12 neurons"):
-        gated_mlp_cpu(**small())
+        gated_mlp_cpu(Call(**small()))
 
 
 # The two sides of the call

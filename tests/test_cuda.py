@@ -11,7 +11,7 @@ from torch import Tensor
 import catsparse
 from catsparse import hub
 from catsparse.data import load_windows
-from catsparse.kernels import cuda, gated_mlp
+from catsparse.kernels import Call, cuda, gated_mlp
 from catsparse.kernels.stream import whole_pieces
 from gpu_op import TOLERANCE, Case
 
@@ -89,7 +89,7 @@ def test_many_tokens_run_masked_matmuls(
 )
 def test_rows_that_are_not_whole_pieces_run_elsewhere(shape: tuple[Any, ...]) -> None:
     case = Case(*shape)
-    assert not cuda._fits(case.x, *case.weights, case.cut(0.5), case.act, None, None)
+    assert not cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act))
     y = case.call(case.cut(0.5), True)
     assert case.error(y, case.cut(0.5), True) < TOLERANCE[case.dtype]
 

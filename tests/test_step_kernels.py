@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catsparse.kernels import cuda
+from catsparse.kernels import Call, cuda
 from catsparse.kernels.attention import Scratch, attention, why_not_attention
 from catsparse.kernels.linear import linear, why_not_linear
 from catsparse.kernels.stream import Norm
@@ -225,15 +225,6 @@ def test_the_gated_mlp_with_norm_and_residual(dtype: torch.dtype, tokens: int) -
     threshold, residual = case.cut(0.5), torch.randn(tokens, 512, device="cuda").to(dtype)
     expected = case.call(threshold, True, backend="cuda").double() + residual.double()
     for early in (False, True):
-        y = cuda.launch(
-            raw,
-            *case.weights,
-            threshold,
-            "silu",
-            case.mean,
-            case.bias,
-            norm=norm,
-            residual=residual,
-            early=early,
-        )
+        call = Call(raw, *case.weights, threshold, "silu", case.mean, case.bias)
+        y = cuda.launch(call, norm=norm, residual=residual, early=early)
         assert error(y, expected) < TOLERANCE[dtype]

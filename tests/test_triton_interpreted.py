@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from catsparse.kernels import ACTIVATIONS
+from catsparse.kernels import ACTIVATIONS, Call
 from catsparse.kernels import triton as kernels
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -107,9 +107,9 @@ class Case:
                 truth = truth + bias.double()
             up, down = self.without(self.up, kept), self.without(self.down, kept)
             assert (up.stride(), down.stride()) == (self.up.stride(), self.down.stride())
-            arguments = (self.x, self.gate, up, down, threshold, self.act, mean, bias)
-            assert kernels.fits_triton(*arguments)
-            y = kernels.gated_mlp_triton(*arguments)
+            call = Call(self.x, self.gate, up, down, threshold, self.act, mean, bias)
+            assert kernels.fits_triton(call)
+            y = kernels.gated_mlp_triton(call)
             assert y.dtype == self.dtype
             error = float((y - truth).norm() / truth.norm().clamp(min=1e-3))
             assert error < TOLERANCE[self.dtype], name

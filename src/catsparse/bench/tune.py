@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CatsparseError
+from ..kernels import Call
 from ..kernels.cuda import launch, why_not_cuda, why_not_sizes
 from ..kernels.stream import Plan, find_plan
 from .gpu import capture, gpu_seconds
@@ -114,7 +115,8 @@ def _prepare(
 
     def call(number: int, plan: Plan | None) -> Tensor:
         layer, x = number % len(layers), setup.inputs[number % INPUTS]
-        return launch(x, *layers[layer], thresholds[layer], setup.shape.act, plan=plan)
+        call = Call(x, *layers[layer], thresholds[layer], setup.shape.act)
+        return launch(call, plan=plan)
 
     expected, y = call(0, None).float(), call(0, plan).float()
     error = float((y - expected).abs().max() / expected.abs().max())

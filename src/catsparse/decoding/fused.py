@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..kernels import gated_mlp
+from ..kernels import Call, gated_mlp
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch
 from ..kernels.linear import linear
@@ -119,20 +119,8 @@ class FusedStep:
             y = gated_mlp(normed, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
             torch.add(h, y, out=x)
             return
-        launch(
-            h,
-            mlp.gate,
-            mlp.up,
-            down_t,
-            threshold,
-            mlp.act,
-            mean,
-            bias,
-            norm=layer.mlp_norm,
-            residual=h,
-            out=x,
-            early=True,
-        )
+        call = Call(h, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
+        launch(call, norm=layer.mlp_norm, residual=h, out=x, early=True)
 
     def _logits(self, x: Tensor) -> Tensor:
         decoder = self.decoder

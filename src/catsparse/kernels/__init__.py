@@ -7,63 +7,70 @@ Tensors only: nothing here knows a model. ``torch.ops.catsparse.gated_mlp`` trac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .arguments import Call
 from .backend import Backend, Choice, choose_backend
 from .cpu import gated_mlp_cpu
 from .cuda import gated_mlp_cuda
-from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, masked_hidden
+from .preview import dequantize, make_preview
+from .reference import (
+    ACTIVATIONS,
+    MAX_OP_TOKENS,
+    gated_mlp_reference,
+    keep_mask,
+    masked_hidden,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "MAX_OP_TOKENS",
     "Backend",
+    "Call",
     "Choice",
     "choose_backend",
+    "dequantize",
     "gated_mlp",
     "gated_mlp_reference",
+    "keep_mask",
+    "make_preview",
     "masked_hidden",
 ]
 
 torch.library.define(
     "catsparse::gated_mlp",
     "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold, str act, "
-    "Tensor? mean=None, Tensor? bias=None, str backend='auto') -> Tensor",
+    "Tensor? mean=None, Tensor? bias=None, Tensor? product_threshold=None, Tensor? preview=None, "
+    "Tensor? preview_scale=None, str backend='auto') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("catsparse::gated_mlp", "cpu", gated_mlp_cpu)
-torch.library.impl("catsparse::gated_mlp", "cuda", gated_mlp_cuda)
 
 
-@torch.library.impl("catsparse::gated_mlp", "default")
-def _(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    return gated_mlp_reference(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+def _implement(run: Callable[[Call, str], Tensor]) -> Callable[..., Tensor]:
+    def implementation(*arguments: Any, backend: str = "auto", **named: Any) -> Tensor:
+        if len(arguments) > len(Call._fields):
+            *arguments, backend = arguments  # type: ignore[assignment]
+        return run(Call(*arguments, **named), backend)
+
+    return implementation
 
 
-@torch.library.register_fake("catsparse::gated_mlp")  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], w_down_t.shape[1]))
+for _key, _run in {
+    "cpu": lambda call, backend: gated_mlp_cpu(call),
+    "cuda": gated_mlp_cuda,
+    "default": lambda call, backend: gated_mlp_reference(*call),
+}.items():
+    torch.library.impl("catsparse::gated_mlp", _key, _implement(_run))
+torch.library.register_fake(
+    "catsparse::gated_mlp",
+    _implement(
+        lambda call, backend: call.x.new_empty((*call.x.shape[:-1], call.w_down_t.shape[1]))
+    ),
+)
 
 
 def gated_mlp(
@@ -75,6 +82,9 @@ def gated_mlp(
     act: str,
     mean: Tensor | None = None,
     bias: Tensor | None = None,
+    product_threshold: Tensor | None = None,
+    preview: Tensor | None = None,
+    preview_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sparse gated MLP: y = sum over kept i of (g_i u_i - mean_i) w_down_t[i] + bias.
@@ -92,6 +102,12 @@ def gated_mlp(
         act: ``silu``, ``gelu_tanh``, ``gelu`` or ``relu``.
         mean: ``[I]`` fp32, stands in for a dropped neuron's g_i u_i; give ``bias`` with it.
         bias: ``[H_out]`` fp32, w_down @ mean.
+        product_threshold: fp32, 0-d or ``[I]``: a second decision, made before a row of w_down_t is
+            read; neuron i must also have |g_i u_i| > product_threshold_i to be kept.
+        preview: W_gate in 4 or 8 bits, from :func:`catsparse.kernels.preview.make_preview`: then
+            g in the first decision is act(preview x), and w_gate's rows of kept neurons only are
+            read.
+        preview_scale: its scales.
         backend: on a GPU, ``auto`` (the fastest for so many tokens), ``cuda`` (the CUDA kernel for
             any number of them) or ``triton``, if it takes the call; a CPU has one kernel only.
 
@@ -99,5 +115,16 @@ def gated_mlp(
         ``[..., H_out]`` in x's dtype.
     """
     return torch.ops.catsparse.gated_mlp(  # type: ignore[no-any-return]
-        x, w_gate, w_up, w_down_t, threshold, act, mean, bias, backend
+        x,
+        w_gate,
+        w_up,
+        w_down_t,
+        threshold,
+        act,
+        mean,
+        bias,
+        product_threshold,
+        preview,
+        preview_scale,
+        backend,
     )

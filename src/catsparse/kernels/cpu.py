@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import belong_together
+from .arguments import Call, belong_together
 from .build import Library, load_library
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
 
@@ -35,30 +35,18 @@ def cpu_library() -> Library:
     return load_library(SOURCE)
 
 
-def gated_mlp_cpu(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def gated_mlp_cpu(call: Call) -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for CPU tensors, skipping what is dropped.
 
     ``w_down_t`` with contiguous rows is read row by row, kept neurons only; a transposed view of
     ``w_down`` is read whole. Anything the kernel does not take goes to the torch reference.
     """
-    arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
     library = cpu_library().handle
-    if library is None or not _fits(*arguments):
-        return gated_mlp_reference(*arguments)
+    if library is None or not _fits(call):
+        return gated_mlp_reference(*call)
+    call = call.made_contiguous()
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    threshold = threshold.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    bias = None if bias is None else bias.contiguous()
     transposed = _row_stride(w_down_t) is not None
     down_stride = _row_stride(w_down_t if transposed else w_down_t.t())
     y = x.new_empty((*x.shape[:-1], w_down_t.shape[1]))
@@ -89,19 +77,13 @@ def gated_mlp_cpu(
     return y
 
 
-def _fits(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None,
-    bias: Tensor | None,
-) -> bool:
+def _fits(call: Call) -> bool:
     """Whether every pointer that cpu.c gets covers what it reads."""
+    x, w_gate, w_up, w_down_t = call[:4]
     return (
-        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+        belong_together(call)
+        and call.product_threshold is None
+        and call.preview is None
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and x.numel() <= MAX_OP_TOKENS * x.shape[-1]

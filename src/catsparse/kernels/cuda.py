@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import belong_together
+from .arguments import Call, belong_together
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
 from .reference import ACTIVATIONS, gated_mlp_reference
 from .stream import (
@@ -127,69 +127,52 @@ def auto_tokens(dtype: torch.dtype, row_bytes: int) -> int:
     return AUTO_TOKENS[dtype] if group == 4 else group
 
 
-def gated_mlp_cuda(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def gated_mlp_cuda(call: Call, backend: str = "auto") -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for CUDA tensors, skipping what is dropped.
 
     Backend ``auto`` runs dense matmuls above :func:`auto_tokens`; ``cuda`` and ``triton`` run
     their kernel for any number, in groups of four or fewer, each with its own union of masks.
     """
-    arguments = (x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
-    run: Callable[..., Tensor]
-    if backend != "triton" and why_not_cuda(x.device) is None and _fits(*arguments):
+    x, w_gate, _, w_down_t = call[:4]
+    run: Callable[[Call], Tensor]
+    if backend != "triton" and why_not_cuda(x.device) is None and _fits(call):
         few = auto_tokens(x.dtype, _row_bytes(w_gate, w_down_t))
         many = x.numel() > few * x.shape[-1]
         if backend == "auto" and many and why_not_triton(x.device) is None:
-            return _masked_matmuls(*arguments)
+            return _masked_matmuls(call)
         group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
-    elif why_not_triton(x.device) is None and fits_triton(*arguments):
+    elif why_not_triton(x.device) is None and fits_triton(call):
         group, run = TRITON_TOKENS, gated_mlp_triton
     else:
-        return gated_mlp_reference(*arguments)
+        return gated_mlp_reference(*call)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] <= group:
-        y = run(rows, *arguments[1:])
+        y = run(call._replace(x=rows))
     else:
-        y = torch.cat([run(part, *arguments[1:]) for part in rows.split(group)])
+        y = torch.cat([run(call._replace(x=part)) for part in rows.split(group)])
     return y.view(*x.shape[:-1], w_down_t.shape[1])
 
 
 def launch(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
+    call: Call,
     plan: Plan | None = None,
     norm: Norm | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     early: bool = False,
 ) -> Tensor:
-    """cuda.cu on ``[T, H]``, T at most :func:`group_size`.
+    """cuda.cu on x ``[T, H]``, T at most :func:`group_size`.
 
     Args:
         plan: another than the rule's. norm: of x, on its way in.
         residual: ``[T, H_out]`` in x's dtype, added to the rounded result. out: where that goes.
         early: read weights before the kernel ahead has ended, which must not be writing them.
     """
+    call = call.made_contiguous()
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
     tokens, hidden = x.shape
     neurons, columns = w_down_t.shape
-    x, threshold = _aligned(x), threshold.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x = _aligned(x)
     most = template(tokens)
     plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
     built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan)
@@ -231,20 +214,12 @@ def launch(
     return y
 
 
-def _masked_matmuls(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+def _masked_matmuls(call: Call) -> Tensor:
     """Dense matmuls, with the mask in one pass between them; reads everything.
 
     The gate stays in fp32, as rounded to bf16 it would be decided otherwise than by the kernel.
     """
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
     rows = x.reshape(-1, x.shape[-1])
     gate = torch.mm(rows, w_gate.t(), out_dtype=torch.float32)
     h = mask_triton(gate, F.linear(rows, w_up), threshold, act, mean)
@@ -311,19 +286,13 @@ def _stages(limit: int, lists: int, stage: int) -> int:
     return stage_count(limit - _LEFT - lists, stage)
 
 
-def _fits(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None,
-    bias: Tensor | None,
-) -> bool:
+def _fits(call: Call) -> bool:
     """Whether cuda.cu takes the call, and every pointer it gets covers what it reads."""
+    x, w_gate, w_up, w_down_t = call[:4]
     return (
-        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
+        belong_together(call)
+        and call.product_threshold is None
+        and call.preview is None
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
         and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t))

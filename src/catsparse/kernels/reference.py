@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .preview import dequantize
+
 # Calls of up to this many tokens are decode; above it, masked dense matmuls win, because the
 # union of the tokens' masks keeps nearly every row.
 MAX_OP_TOKENS = 16
@@ -24,21 +26,45 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def masked_hidden(g: Tensor, u: Tensor, threshold: Tensor, mean: Tensor | None) -> Tensor:
-    """g * u where |g| > threshold, else ``mean`` (or 0): the input of the down projection.
+def keep_mask(
+    g: Tensor, h: Tensor, threshold: Tensor, product_threshold: Tensor | None = None
+) -> Tensor:
+    """Which neurons are kept: |g| > threshold and, if there is a second decision, |h| > its own.
 
-    The comparison is in fp32. A gate rounded to bf16 decides alike, since thresholds lie half-way
-    between two bf16 magnitudes. The gradient passes kept neurons only (and reaches ``mean``).
+    The comparisons are in fp32. A gate rounded to bf16 decides alike, since thresholds lie half-way
+    between two bf16 magnitudes.
+
+    Args:
+        g: ``[..., I]`` activated gate, or its preview. h: ``[..., I]`` gate times up.
+        threshold, product_threshold: fp32, 0-d or ``[I]``.
+    """
+    keep = g.float().abs() > threshold
+    return keep if product_threshold is None else keep & (h.float().abs() > product_threshold)
+
+
+def masked_hidden(
+    g: Tensor,
+    u: Tensor,
+    threshold: Tensor,
+    mean: Tensor | None,
+    product_threshold: Tensor | None = None,
+    preview: Tensor | None = None,
+) -> Tensor:
+    """g * u where kept, else ``mean`` (or 0): the input of the down projection.
+
+    The gradient passes kept neurons only (and reaches ``mean``).
 
     Args:
         g: ``[..., I]`` activated gate.
         u: ``[..., I]`` up projection.
-        threshold: fp32, 0-d or ``[I]``.
+        threshold, product_threshold: of :func:`keep_mask`.
         mean: ``[I]`` or None.
+        preview: ``[..., I]`` the activated gate preview, which then decides instead of g.
     """
     h = g * u
+    keep = keep_mask(g if preview is None else preview, h, threshold, product_threshold)
     fill = h.new_zeros(()) if mean is None else mean.to(h.dtype)
-    return torch.where(g.float().abs() > threshold, h, fill)
+    return torch.where(keep, h, fill)
 
 
 def gated_mlp_reference(
@@ -50,12 +76,19 @@ def gated_mlp_reference(
     act: str,
     mean: Tensor | None = None,
     bias: Tensor | None = None,
+    product_threshold: Tensor | None = None,
+    preview: Tensor | None = None,
+    preview_scale: Tensor | None = None,
 ) -> Tensor:
     """Plain torch form of :func:`catsparse.kernels.gated_mlp`; same arguments and result."""
-    g = ACTIVATIONS[act](F.linear(x, w_gate))
+    g = decided = ACTIVATIONS[act](F.linear(x, w_gate))
+    if preview is not None and preview_scale is not None:
+        copy = dequantize(preview, preview_scale, w_gate.shape[1], x.dtype)
+        decided = ACTIVATIONS[act](F.linear(x, copy))
     h = g * F.linear(x, w_up)
+    keep = keep_mask(decided, h, threshold, product_threshold)
     if mean is not None:
         h = (h - mean).to(x.dtype)  # mean is fp32: one rounding, after the subtraction
-    h = torch.where(g.float().abs() > threshold, h, 0.0)
+    h = torch.where(keep, h, 0.0)
     y = F.linear(h, w_down_t.t())
     return y if bias is None else (y + bias).to(x.dtype)

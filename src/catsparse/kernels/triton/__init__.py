@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import belong_together
+from ..arguments import Call, belong_together
 
 MAX_TOKENS = 4  # sums of more do not fit in the registers
 MAX_HIDDEN = 8192
@@ -71,21 +71,13 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def gated_mlp_triton(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def gated_mlp_triton(call: Call) -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for ``[T, H]``, T at most 4; see :func:`fits_triton`."""
     import triton
 
     from .stream import stream_kernel, sum_kernel
 
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
     neurons, hidden = w_gate.shape
     columns = w_down_t.shape[1]
     x = x.contiguous()
@@ -180,21 +172,15 @@ def mask_triton(z: Tensor, u: Tensor, threshold: Tensor, act: str, mean: Tensor 
     return u
 
 
-def fits_triton(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    act: str,
-    mean: Tensor | None,
-    bias: Tensor | None,
-) -> bool:
+def fits_triton(call: Call) -> bool:
     """Whether the kernels take the call, in groups of ``MAX_TOKENS`` tokens, and every pointer they
-    get covers what they read."""
+    get covers what they read. A gate preview and a second decision they do not know."""
+    w_gate, w_up, w_down_t = call[1:4]
     return (
-        belong_together(x, w_gate, w_up, w_down_t, threshold, act, mean, bias)
-        and x.dtype in DTYPES
+        belong_together(call)
+        and call.product_threshold is None
+        and call.preview is None
+        and call.x.dtype in DTYPES
         and w_gate.shape[0] < MAX_NEURONS
         and max(w_gate.shape[1], w_down_t.shape[1]) <= MAX_HIDDEN
         and all(w.stride(1) == 1 for w in (w_gate, w_up, w_down_t))

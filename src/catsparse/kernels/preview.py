@@ -1,0 +1,86 @@
+"""A gate preview: W_gate in 4 or 8 bits, enough to decide which neurons live.
+
+Symmetric, round to nearest, in groups of 64 along the input. A scale has so few significant bits
+that every value of the preview is exact in bf16: dense matmuls on it decide as the kernels do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+BITS = (4, 8)
+SCALE_GROUPS = 8  # a row of scales is whole 16-byte pieces, for the bulk copy engine
+_ROWS = 1024  # made at once, so that no fp32 copy of a whole weight is needed
+
+
+def groups_of(hidden: int) -> int:
+    return -(-hidden // GROUP)
+
+
+def preview_shapes(neurons: int, hidden: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the packed preview (uint8) and of its scales (bf16)."""
+    groups = groups_of(hidden)
+    padded = -(-groups // SCALE_GROUPS) * SCALE_GROUPS
+    return (neurons, groups * GROUP * bits // 8), (neurons, padded)
+
+
+def preview_bits(preview: Tensor, hidden: int) -> int:
+    """Bits a weight, from the packed preview's shape; 0 if it is none of a gate with H inputs."""
+    width = preview.shape[1] * 8
+    return next((bits for bits in BITS if width == groups_of(hidden) * GROUP * bits), 0)
+
+
+@torch.no_grad()
+def make_preview(w_gate: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize W_gate.
+
+    Args:
+        w_gate: ``[I, H]`` of any float dtype.
+        bits: 4 or 8.
+
+    Returns:
+        The packed preview, uint8, and its scales, bf16; see :func:`preview_shapes`. A weight is
+        ``scale * (n - 2^(bits - 1))``. 8 bits: byte j of a row is n of input j. 4 bits: byte j of
+        a group of 32 bytes holds n of its input j in the low half, of j + 32 in the high one.
+    """
+    parts = [_quantize(rows, bits) for rows in w_gate.detach().split(_ROWS)]
+    packed, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return packed, scale
+
+
+def _quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    neurons, hidden = rows.shape
+    groups = groups_of(hidden)
+    most = 2 ** (bits - 1) - 1
+    padded = torch.nn.functional.pad(rows.float(), (0, groups * GROUP - hidden))
+    w = padded.view(neurons, groups, GROUP)
+    scale = _round_up(w.abs().amax(-1) / most, 9 - bits)
+    q = (w / scale[..., None].float()).round().clamp(-most, most).nan_to_num(0.0)
+    n = (q + (most + 1)).to(torch.uint8)
+    if bits == 4:
+        low, high = n.view(neurons, groups, 2, GROUP // 2).unbind(2)
+        n = low | high << 4
+    width = preview_shapes(neurons, hidden, bits)[1][1]
+    return n.view(neurons, -1), torch.nn.functional.pad(scale, (0, width - groups))
+
+
+def _round_up(values: Tensor, significant: int) -> Tensor:
+    """bf16, rounded up to so many significant bits; what is not finite stays so."""
+    mantissa, exponent = torch.frexp(values)
+    rounded = torch.ldexp((mantissa * 2**significant).ceil() / 2**significant, exponent)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def dequantize(preview: Tensor, scale: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """The preview as ``[I, H]`` of ``dtype``; exact in bf16 and fp32."""
+    neurons, groups = preview.shape[0], groups_of(hidden)
+    bits = preview_bits(preview, hidden)
+    n = preview.view(neurons, groups, -1)
+    if bits == 4:
+        n = torch.cat([n & 15, n >> 4], dim=-1)
+    q = n.to(dtype) - 2 ** (bits - 1)
+    w = q * scale[:, :groups, None].to(dtype)
+    rows: Tensor = w.view(neurons, -1)
+    return rows[:, :hidden]
