@@ -13,9 +13,11 @@ import itertools
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from catsparse import calibrate, densify, hub, sparsify
 from catsparse.config import METHODS
@@ -27,21 +29,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL)
-    parser.add_argument("--data", default=str(hub.bundled_text("calibration")))
-    parser.add_argument("--heldout", default=str(hub.bundled_text("heldout")))
-    parser.add_argument("--tokens", type=int, default=100_000, help="of each text, at most")
+    parser = options(__doc__.split("\n")[0])
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-
-    model = hub.load_dense_model(args.model).to(args.device)
-    tokenizer = hub.load_tokenizer(args.model)
-    sizes = {"tokens": args.tokens, "seq_len": args.seq_len}
-    calibration = calibrate(model, load_windows(args.data, tokenizer, seed=0, **sizes))
-    heldout = load_windows(args.heldout, tokenizer, seed=None, **sizes)
+    model, windows, heldout = load(args)
+    calibration = calibrate(model, windows)
 
     name = Path(args.model).name
     chosen = tuple(args.method or METHODS)
@@ -55,9 +47,7 @@ def main() -> None:
         e = evaluate(model, heldout, dense=dense)
         dense = e.dense_perplexity
         densify(model)
-        rows.append(
-            _row(name, Path(args.data).name, Path(args.heldout).name, method, compensate, s, e)
-        )
+        rows.append(row(args, method, compensate, s, e))
         print(
             f"{method} {'compensated' if compensate else 'plain':11} {s:.0%}: {e.rise:+.1%}",
             flush=True,
@@ -67,13 +57,33 @@ def main() -> None:
     print(f"\n{_table(rows)}\nrows: {path}")
 
 
-def _row(
-    model: str, data: str, heldout: str, method: str, compensate: bool, target: float, e: Evaluation
+def options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL)
+    parser.add_argument("--data", default=str(hub.bundled_text("calibration")))
+    parser.add_argument("--heldout", default=str(hub.bundled_text("heldout")))
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each text, at most")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor]:
+    """The model, and windows of both texts."""
+    model = hub.load_dense_model(args.model).to(args.device)
+    tokenizer = hub.load_tokenizer(args.model)
+    sizes = {"tokens": args.tokens, "seq_len": args.seq_len}
+    windows = load_windows(args.data, tokenizer, seed=0, **sizes)
+    return model, windows, load_windows(args.heldout, tokenizer, seed=None, **sizes)
+
+
+def row(
+    args: argparse.Namespace, method: str, compensate: bool, target: float, e: Evaluation
 ) -> dict[str, object]:
     return {
-        "model": model,
-        "calibration": data,
-        "heldout": heldout,
+        "model": Path(args.model).name,
+        "calibration": Path(args.data).name,
+        "heldout": Path(args.heldout).name,
         "tokens": e.tokens,
         "method": method,
         "compensate": compensate,

@@ -32,7 +32,10 @@ BY_HAND: dict[str, Callable[[float], float]] = {
 
 
 class Case:
-    """Random weights and tokens; thresholds lie in gaps of |g|, so no rounding flips a decision."""
+    """Random weights and tokens; thresholds lie in gaps of |g|, so no rounding flips a decision.
+
+    With ``quantize`` (weight -> packed, scales), |g| is that of the gate preview, of so many bits.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,9 @@ class Case:
         compensated: bool = False,
         seed: int = 0,
         columns: int = 0,
+        quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        bits: int = 4,
+        second: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -58,38 +64,58 @@ class Case:
         self.w_down_t = normal(neurons, columns or hidden) / neurons**0.5
         self.mean = 0.1 * normal(neurons).float() if compensated else None
         self.bias = None if self.mean is None else self.mean @ self.w_down_t.float()
-        magnitudes = self.gate_by_hand().__abs__()
-        cut: Any = _gap(magnitudes.ravel())
-        if per_neuron and tokens > 1:
-            cut = [_gap(m) for m in magnitudes.T]
-        elif per_neuron:  # keeps every other neuron
-            cut = [m * (0.9 if i % 2 else 1.1) for i, m in enumerate(magnitudes[0])]
-        self.threshold = torch.tensor(cut, dtype=torch.float32)
+        self.bits = bits
+        self.preview = quantize(self.w_gate, bits) if quantize else None
+        self.threshold = _thresholds(abs(self.deciding_by_hand()), per_neuron, 2)
+        self.product_threshold: Tensor | None = None
+        if second:
+            h = self.gate_by_hand() * (self.x.double() @ self.w_up.double().T).numpy()
+            self.product_threshold = _thresholds(abs(h), per_neuron, 3)
 
-    def gate_by_hand(self) -> NDArray[np.float64]:
-        z = self.x.double().numpy() @ self.w_gate.double().numpy().T
+    def gate_by_hand(self, weight: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        w_gate = self.w_gate.double().numpy() if weight is None else weight
+        z = self.x.double().numpy() @ w_gate.T
         g: NDArray[np.float64] = np.vectorize(BY_HAND[self.act], otypes=[float])(z)
         return g
+
+    def deciding_by_hand(self) -> NDArray[np.float64]:
+        """The activated gate or, if there is one, its preview."""
+        if self.preview is None:
+            return self.gate_by_hand()
+        packed, scale = self.preview[0].numpy(), self.preview[1].double().numpy()
+        inputs = np.arange(self.x.shape[1])
+        group, place = inputs // 64, inputs % 64
+        if self.bits == 8:
+            n = packed[:, inputs]
+        else:
+            byte = packed[:, 32 * group + place % 32]
+            n = np.where(place < 32, byte % 16, byte // 16)
+        return self.gate_by_hand(scale[:, group] * (n - 2.0 ** (self.bits - 1)))
 
     def by_hand(self) -> NDArray[np.float64]:
         """y = sum over kept i of (g_i u_i - mean_i) w_i + bias, one term at a time."""
         x, w_up, w_down = (t.double().numpy() for t in (self.x, self.w_up, self.w_down_t))
-        g = self.gate_by_hand()
+        g, deciding = self.gate_by_hand(), self.deciding_by_hand()
         threshold = self.threshold.double().expand(len(w_up)).numpy()
+        limit = torch.tensor(-1.0) if self.product_threshold is None else self.product_threshold
+        product_threshold = limit.double().expand(len(w_up)).numpy()
         y = np.zeros((len(x), w_down.shape[1]))
         for t in range(len(x)):
             if self.bias is not None:
                 y[t] += self.bias.double().numpy()
             for i in range(len(w_up)):
-                if abs(g[t, i]) > threshold[i]:
-                    h = g[t, i] * (w_up[i] @ x[t])
+                h = g[t, i] * (w_up[i] @ x[t])
+                if abs(deciding[t, i]) > threshold[i] and abs(h) > product_threshold[i]:
                     y[t] += (h - (0.0 if self.mean is None else float(self.mean[i]))) * w_down[i]
         return y
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         weights = (self.w_gate, self.w_up, self.w_down_t)
-        return (self.x, *weights, self.threshold, self.act, self.mean, self.bias)
+        plain = (self.x, *weights, self.threshold, self.act, self.mean, self.bias)
+        if self.preview is None and self.product_threshold is None:
+            return plain
+        return (*plain, self.product_threshold, *(self.preview or (None, None)))
 
     def check(self, y: Tensor, tolerance: float | None = None) -> None:
         expected = torch.from_numpy(self.by_hand())
@@ -98,6 +124,15 @@ class Case:
         scale = float(expected.abs().max()) + 1e-6
         error = float((y.double() - expected).abs().max()) / scale
         assert error < (tolerance or TOLERANCE[self.dtype])
+
+
+def _thresholds(magnitudes: NDArray[np.float64], per_neuron: bool, period: int) -> Tensor:
+    cut: Any = _gap(magnitudes.ravel())
+    if per_neuron and len(magnitudes) > 1:
+        cut = [_gap(m) for m in magnitudes.T]
+    elif per_neuron:  # drops every second, or third, neuron
+        cut = [m * (0.9 if i % period else 1.1) for i, m in enumerate(magnitudes[0])]
+    return torch.tensor(cut, dtype=torch.float32)
 
 
 def _gap(values: NDArray[np.float64]) -> float:
@@ -139,6 +174,29 @@ def odd_cases(dtype: torch.dtype) -> Iterator[Case]:
         act = list(BY_HAND)[seed % 4]
         per_neuron, compensated = seed % 2 == 0, seed % 3 == 0
         yield Case(hidden, neurons, tokens, act, dtype, per_neuron, compensated, seed, columns)
+
+
+# Hidden size, neurons, columns, tokens: either side of a group, of a chunk, and of whole scales.
+PREVIEW_SIZES = [
+    (1, 1, 1, 1),
+    (7, 33, 9, 1),
+    (63, 31, 65, 2),
+    (64, 5, 64, 4),
+    (65, 37, 3, 5),
+    (130, 65, 130, 16),
+    (200, 3, 17, 3),
+    (513, 9, 40, 1),
+    (1100, 6, 11, 6),
+]
+
+
+def preview_cases(dtype: torch.dtype, quantize: Any) -> Iterator[Case]:
+    """A case of every size in 4 and 8 bits, two of three with a second decision."""
+    for seed, (hidden, neurons, columns, tokens) in enumerate(PREVIEW_SIZES):
+        act = list(BY_HAND)[seed % 4]
+        for bits in (4, 8):
+            rest = (bits % 8 == 0, seed % 2 == 0, seed, columns, quantize, bits, seed % 3 > 0)
+            yield Case(hidden, neurons, tokens, act, dtype, *rest)
 
 
 def by_rows(w_down_t: Tensor) -> Tensor:

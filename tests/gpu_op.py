@@ -1,4 +1,7 @@
-"""What the tests of the GPU kernels share: random problems with their truth in fp64."""
+"""What the tests of the GPU kernels share: random problems with their truth in fp64.
+
+A case may have a gate preview, whose activations then decide, and a second decision.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catsparse.kernels import ACTIVATIONS, gated_mlp
+from catsparse.kernels import ACTIVATIONS, dequantize, gated_mlp, make_preview
 
 # Relative, of the whole output: sums in fp32, the result rounded once.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -19,7 +22,15 @@ class Case:
     """Random weights in a fused gate_up and a W_down^T with strided rows; truth in fp64."""
 
     def __init__(
-        self, dtype: torch.dtype, hidden: int, neurons: int, columns: int, act: str, tokens: int
+        self,
+        dtype: torch.dtype,
+        hidden: int,
+        neurons: int,
+        columns: int,
+        act: str,
+        tokens: int,
+        bits: int = 0,
+        second: str = "",
     ) -> None:
         torch.manual_seed(hidden + neurons)
         self.dtype, self.act, self.neurons = dtype, act, neurons
@@ -32,12 +43,26 @@ class Case:
         gate, up, _ = (w.double() for w in self.weights)
         self.g = ACTIVATIONS[act](self.x.double() @ gate.T)
         self.h = self.g * (self.x.double() @ up.T)
+        self.decided, self.extra = self.g, {}
+        if bits:
+            packed, scale = make_preview(self.weights[0], bits)
+            copy = dequantize(packed, scale, hidden, torch.float64)
+            self.decided = ACTIVATIONS[act](self.x.double() @ copy.T)
+            self.extra = {"preview": packed, "preview_scale": scale}
+        self.stays = torch.ones_like(self.h, dtype=torch.bool)
+        if second:
+            cut = _between(self.h, 0.4)
+            limits = cut * (0.5 + torch.rand(neurons, device="cuda")) if second == "vector" else cut
+            # Far enough from every product that no rounding flips a decision.
+            near = ((self.h.abs() / limits.double() - 1).abs() < 1e-3).any(dim=0)
+            if second == "vector":
+                limits[near] = INFINITY
+            self.extra["product_threshold"] = limits
+            self.stays = self.h.abs() > limits
 
     def cut(self, share: float) -> Tensor:
         """A threshold between two neighbours, so that no rounding flips a decision."""
-        ordered = self.g.abs().flatten().sort().values
-        at = max(1, int(share * len(ordered)))
-        return ((ordered[at - 1] + ordered[at]) / 2).float()
+        return _between(self.decided, share)
 
     def thresholds(self) -> dict[str, Tensor]:
         def vector(kept: slice) -> Tensor:
@@ -58,11 +83,13 @@ class Case:
 
     def call(self, threshold: Tensor, compensated: bool, **options: Any) -> Tensor:
         extra = (self.mean, self.bias) if compensated else (None, None)
+        options |= self.extra
         return gated_mlp(self.x, *self.weights, threshold, self.act, *extra, **options)
 
     def truth(self, threshold: Tensor, compensated: bool) -> Tensor:
         h = self.h - (self.mean.double() if compensated else 0.0)
-        y = torch.where(self.g.abs() > threshold, h, 0.0) @ self.weights[2].double()
+        kept = (self.decided.abs() > threshold) & self.stays
+        y = torch.where(kept, h, 0.0) @ self.weights[2].double()
         return y + (self.bias.double() if compensated else 0.0)
 
     def check(self, backend: str) -> None:
@@ -83,4 +110,16 @@ class Case:
 
     def error(self, y: Tensor, threshold: Tensor, compensated: bool) -> float:
         truth = self.truth(threshold, compensated)
-        return float((y.double() - truth).norm() / truth.norm().clamp(min=1e-9))
+        # Of one neuron with next to no activation little is left to be right about.
+        ordinary = self.h.pow(2).mean().sqrt() * self.weights[2].double().norm(dim=1).mean()
+        return float((y.double() - truth).norm() / truth.norm().clamp(min=float(ordinary)))
+
+
+def _between(values: Tensor, share: float) -> Tensor:
+    """The middle of the widest gap, in ratio, near that quantile of the magnitudes."""
+    ordered = values.abs().flatten().sort().values
+    at = min(max(1, int(share * len(ordered))), len(ordered) - 1)
+    low = max(1, at - len(ordered) // 2000)
+    near = ordered[low - 1 : at + 1 + len(ordered) // 2000]
+    gap = int((near[1:] / near[:-1].clamp(min=1e-30)).argmax())
+    return ((near[gap] + near[gap + 1]) / 2).float()

@@ -25,6 +25,13 @@ def arguments(**changed: Any) -> dict[str, Any]:
     } | changed
 
 
+def preview(neurons: int = N, width: int = 32, scales: int = 8, **changed: Any) -> dict[str, Any]:
+    """Of one group: 32 bytes in 4 bits, 64 in 8."""
+    packed = torch.ones(neurons, width, dtype=torch.uint8)
+    scale = torch.ones(neurons, scales, dtype=torch.bfloat16)
+    return {"preview": packed, "preview_scale": scale} | changed
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -34,6 +41,11 @@ def arguments(**changed: Any) -> dict[str, Any]:
         {"mean": None, "bias": None},
         {"mean": None},
         {"w_down_t": torch.ones(OUT, N).t()},
+        {"product_threshold": torch.ones(N)},
+        {"product_threshold": torch.tensor(0.5)},
+        preview(),
+        preview(width=64),
+        preview(product_threshold=torch.ones(N), x=torch.ones(H)),
     ],
 )
 def test_they_do(changed: dict[str, Any]) -> None:
@@ -69,6 +81,24 @@ META = torch.device("meta")
         {"mean": torch.ones(N, dtype=torch.bfloat16)},
         {"bias": torch.ones(OUT, device=META)},
         {"bias": torch.ones(H)},
+        {"product_threshold": torch.ones(N - 1)},
+        {"product_threshold": torch.ones(1, N)},
+        {"product_threshold": torch.ones(N, dtype=torch.float16)},
+        {"product_threshold": torch.ones(N, device=META)},
+        preview(preview=None),
+        preview(preview_scale=None),
+        preview(neurons=N + 1),
+        preview(width=16),
+        preview(width=33),
+        preview(width=128),
+        preview(scales=1),
+        preview(scales=16),
+        preview(preview=torch.ones(32, dtype=torch.uint8)),
+        preview(preview=torch.ones(N, 32, dtype=torch.int8)),
+        preview(preview=torch.ones(N, 32, dtype=torch.uint8, device=META)),
+        preview(preview_scale=torch.ones(8, dtype=torch.bfloat16)),
+        preview(preview_scale=torch.ones(N, 8)),
+        preview(preview_scale=torch.ones(N, 8, dtype=torch.bfloat16, device=META)),
     ],
 )
 def test_they_do_not(changed: dict[str, Any]) -> None:

@@ -365,8 +365,11 @@ def test_a_batch_needs_a_longer_run_than_the_one_taken_off(sparse_model: Any) ->
 
 def test_the_union_of_a_step() -> None:
     union = decode._Union(2)
-    union(torch.tensor([[[True, False, False, True]], [[True, True, False, False]]]))
-    union(torch.ones(1, 5, 4, dtype=torch.bool))  # a prompt's tokens
+    for keep in (
+        torch.tensor([[[True, False, False, True]], [[True, True, False, False]]]),
+        torch.ones(1, 5, 4, dtype=torch.bool),  # a prompt's tokens
+    ):
+        union(keep, keep)
     assert (int(union.kept), union.total) == (3, 4)
 
 

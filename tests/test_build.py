@@ -172,6 +172,18 @@ def test_a_changed_source_is_compiled_again(source: Path, cache: Path, compiler:
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_changed_header_is_compiled_again(source: Path, compiler: Compiler) -> None:
+    """One that another header includes; system headers do not count."""
+    source.write_text('#include <stdlib.h>\n  # include "a.h"\n' + SOURCE.replace("42", "ANSWER"))
+    one, two = source.with_name("a.h"), source.with_name("b.h")
+    one.write_text('#include "b.h"\n#include "b.h"\n')
+    for value in (44, 45):
+        two.write_text(f"#undef ANSWER\n#define ANSWER {value}\n")
+        assert build.with_headers(source) == [source, one, two]
+        assert answer(load(source)) == value
+    assert compiler.compiled == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x7fELF" + bytes(100)])
 def test_a_corrupt_library_is_compiled_again(
     content: bytes, source: Path, cache: Path, compiler: Compiler

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import catsparse
+import tiny
 from catsparse import Calibration, CatsparseError
+from catsparse.calibration import GateDecision
 from catsparse.methods import site_threshold
 from catsparse.statistics import BINS
 
@@ -281,3 +284,133 @@ def test_damaged_provenance(calibration: Calibration, tmp_path: Path, key: str, 
 
 def test_file_without_sites(calibration: Calibration, tmp_path: Path) -> None:
     refusal(written(tmp_path / "file", calibration, {}, {"catsparse.sites": "[]"}))
+
+
+# Preview and products
+
+
+@pytest.fixture(scope="module")
+def with_products() -> Calibration:
+    model, windows = tiny.build(tiny.llama_config()), tiny.tokens(8, 32, seed=7)
+    return catsparse.calibrate(model, windows, preview=4, products_at=0.4, progress=False)
+
+
+def test_round_trip_with_products(with_products: Calibration, tmp_path: Path) -> None:
+    with_products.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert_equal(loaded, with_products)
+    assert loaded.preview == 4
+    assert loaded.products_at == GateDecision(0.4, "energy")
+    one, other = (c.thresholds(0.4, down_sparsity=0.6)[SITE] for c in (loaded, with_products))
+    assert one.product is not None
+    assert other.product is not None
+    assert torch.equal(one.product, other.product)
+    assert (one.product_scalar, one.down_sparsity) == (other.product_scalar, other.down_sparsity)
+
+
+def test_any_down_sparsity_follows(with_products: Calibration) -> None:
+    for down in (0.45, 0.6, 0.9):
+        for t in with_products.thresholds(0.4, down_sparsity=down).values():
+            assert t.sparsity == pytest.approx(0.4, abs=0.02)
+            assert t.down_sparsity == pytest.approx(down, abs=0.01)
+    for t in with_products.thresholds(0.7).values():  # without one, any sparsity still does
+        assert (t.product, t.product_scalar, t.down_sparsity) == (None, None, None)
+
+
+@pytest.mark.parametrize(("sparsity", "method"), [(0.5, "energy"), (0.4, "chess")])
+def test_products_behind_another_decision(
+    with_products: Calibration, sparsity: float, method: str
+) -> None:
+    with pytest.raises(CatsparseError, match=r"energy at 0\.4") as caught:
+        with_products.thresholds(sparsity, method, down_sparsity=0.6)
+    assert f"products_at={sparsity}, method={method!r}" in str(caught.value)
+
+
+def test_no_products(calibration: Calibration) -> None:
+    with pytest.raises(CatsparseError, match=r"has none.*products_at=0\.5, method='energy'"):
+        calibration.thresholds(0.5, down_sparsity=0.6)
+
+
+@pytest.mark.parametrize("down", [0.3, 1.0, float("nan")])
+def test_down_sparsity_out_of_range(with_products: Calibration, down: float) -> None:
+    with pytest.raises(CatsparseError, match="down_sparsity must be at least"):
+        with_products.thresholds(0.4, down_sparsity=down)
+
+
+def test_addition_with_products(with_products: Calibration) -> None:
+    doubled = with_products + with_products
+    assert (doubled.preview, doubled.products_at) == (4, GateDecision(0.4, "energy"))
+    once = with_products.thresholds(0.4, down_sparsity=0.6)
+    for name, t in doubled.thresholds(0.4, down_sparsity=0.6).items():
+        assert t.product is not None
+        assert once[name].product is not None
+        assert torch.equal(t.product, once[name].product)
+        assert t.down_sparsity == once[name].down_sparsity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"preview": None}, {"preview": 8}, {"products_at": GateDecision(0.5, "energy")}],
+    ids=str,
+)
+def test_addition_of_different_decisions(
+    with_products: Calibration, change: dict[str, Any]
+) -> None:
+    with pytest.raises(CatsparseError, match="calibrate one of them again"):
+        with_products + replace(with_products, **change)
+
+
+PRODUCT_FIELDS = ("product_histogram", "product_bucket_count", "product_bucket_sum", "down_norm")
+
+
+@pytest.mark.parametrize("field", PRODUCT_FIELDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: torch.empty(0),
+        lambda v: v[..., :-1],
+        lambda v: v.to(torch.float16),
+        lambda v: v[None],
+    ],
+    ids=["missing", "shorter", "float16", "deeper"],
+)
+def test_damaged_products(
+    with_products: Calibration, tmp_path: Path, field: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    name = f"{SITE}.{field}"
+    damaged = {name: change(with_products.tensors()[name])}
+    assert field in refusal(written(tmp_path / "file", with_products, damaged, {}))
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("product_histogram", -1),
+        ("product_histogram", 1),  # the last bin: more than the neurons' counts
+        ("product_bucket_count", -1),
+        ("product_bucket_count", 10**6),  # more than the tokens
+        ("product_bucket_sum", torch.inf),
+        ("down_norm", -1.0),
+        ("down_norm", torch.nan),
+    ],
+)
+def test_products_that_contradict_each_other(
+    with_products: Calibration, tmp_path: Path, field: str, bad: float
+) -> None:
+    name = f"{SITE}.{field}"
+    damaged = poked(with_products.tensors()[name], bad)
+    assert SITE in refusal(written(tmp_path / "file", with_products, {name: damaged}, {}))
+
+
+@pytest.mark.parametrize("key", ["preview", "products_at"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("{", "3", "true", "4.0", '"4"', "[4]", '{"sparsity": 2.0, "method": "energy"}'),
+        *('{"sparsity": 0.4, "method": "magic"}', '{"sparsity": 0.4}', "[" * 100_000),
+    ],
+    ids=range(10),
+)
+def test_damaged_decision(with_products: Calibration, tmp_path: Path, key: str, value: str) -> None:
+    path = written(tmp_path / "file", with_products, {}, {f"catsparse.{key}": value})
+    assert len(refusal(path)) < 1000

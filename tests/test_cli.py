@@ -403,3 +403,89 @@ def test_bench_refuses_bad_input(
     assert (code, text) == (2, "")
     assert remedy in problem.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+# Preview and second decision
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model: a 4-bit preview drops half, 65% of the down rows are unread."""
+    directory = tmp_path_factory.mktemp("cli") / "twice"
+    old = sys.argv
+    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
+    sys.argv += ["--preview", "4", "--down-sparsity", "0.65"]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    assert stop.value.code == 0
+    return directory
+
+
+def test_preview_and_second_decision_are_said(
+    twice: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "4-bit gate preview, 65% of the down rows unread"
+    assert words in (twice / "README.md").read_text()
+    text = " ".join(run(capsys, "info", twice)[1].split())
+    assert words in text
+    assert "of down rows unread on the calibration tokens" in text
+    told = json.loads(run(capsys, "info", twice, "--json")[1])
+    assert (told["preview"], told["down_sparsity"], told["format_version"]) == (4, 0.65, 2)
+    assert told["measured_down_sparsity"] == pytest.approx(0.65, abs=0.01)
+    assert told["bytes_skipped"] == pytest.approx((1 + 0.65) / 3 - 0.5625 / 6, abs=0.02)
+
+
+def test_evaluate_tells_both_shares(twice: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(run(capsys, "evaluate", twice, *SMALL, "--json")[1])
+    assert result["preview"] == 4
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.03)
+    assert result["down_sparsity"] == pytest.approx(0.65, abs=0.03)
+    assert result["down_sites"].keys() == result["sites"].keys()
+    text = run(capsys, "evaluate", twice, *SMALL)[1]
+    assert "4-bit preview of the gate decides" in " ".join(text.split())
+    assert "down" in text
+
+
+def test_new_down_sparsity_from_a_saved_calibration(
+    twice: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(
+        capsys, "sparsify", twice, "-o", tmp_path / "more", "--down-sparsity", 0.8, "--json",
+    )  # fmt: skip
+    result = json.loads(text)
+    assert code == 0
+    assert result["preview"] == 4
+    assert result["down_sparsity"] == pytest.approx(0.8, abs=0.01)
+    _, text, _ = run(
+        capsys, "sparsify", twice, "-o", tmp_path / "less", "--sparsity", 0.7, "--json"
+    )
+    result = json.loads(text)
+    assert (result["preview"], result["down_sparsity"]) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--preview", 8), "8-bit preview"),
+        (("--preview", 5), "preview must be 4 or 8"),
+        (("--down-sparsity", 0.8, "--sparsity", 0.6), "second decision behind energy at 60.0%"),
+        (("--down-sparsity", 0.8, "--method", "chess"), "second decision behind chess at 50.0%"),
+        (("--down-sparsity", 0.4), "down_sparsity must be at least"),
+    ],
+)
+def test_what_the_saved_calibration_has_not(
+    twice: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[Any, ...],
+    says: str,
+) -> None:
+    code, _, error = run(capsys, "sparsify", twice, "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert says in " ".join(error.split())
+    assert not (tmp_path / "out").exists()
+    if "must be" not in says:
+        assert "name the dense model to calibrate again" in " ".join(error.split())

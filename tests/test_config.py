@@ -7,10 +7,12 @@ import json
 import math
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from catsparse.config import (
     FORMAT_VERSION,
     METHODS,
     PREFILL_POLICIES,
+    PREVIEW_BITS,
     BaseModel,
     Provenance,
     SiteConfig,
@@ -27,6 +30,8 @@ from catsparse.config import (
     write_atomic,
 )
 from catsparse.errors import CatsparseError
+from catsparse.kernels import make_preview
+from catsparse.kernels.preview import BITS
 
 SITE = "model.layers.0.mlp"
 
@@ -85,6 +90,95 @@ def test_round_trip_of_the_least_config() -> None:
     assert read.format_version == FORMAT_VERSION
 
 
+def decided_twice(**changes: Any) -> SparsityConfig:
+    """With a preview and a second decision."""
+    sites = {
+        SITE: SiteConfig(0.125, 0.5, "silu", 320, 896, 0.75, 0.65),
+        "model.layers.1.mlp": SiteConfig(-1.0, 0.0, "silu", 320, 896, -1.0, 0.0),
+    }
+    values: dict[str, Any] = {"sites": sites, "preview": 4, "down_sparsity": 0.65}
+    return example(**(values | {"measured_down_sparsity": 0.64} | changes))
+
+
+def test_round_trip_with_preview_and_second_decision() -> None:
+    config = decided_twice()
+    assert SparsityConfig.from_json(config.to_json()) == config
+    assert config.described == "chess, compensated, 4-bit gate preview, 65% of the down rows unread"
+    assert example().described == "chess, compensated"
+
+
+NEW = ("preview", "down_sparsity", "measured_down_sparsity")
+NEW_IN_SITES = ("product_threshold", "down_sparsity")
+
+
+def version_1() -> dict[str, Any]:
+    """The example as the first version wrote it."""
+    raw = payload() | {"format_version": 1}
+    for key in NEW:
+        del raw[key]
+    for site in raw["sites"].values():
+        for key in NEW_IN_SITES:
+            del site[key]
+    return raw
+
+
+def test_version_1_is_read() -> None:
+    assert SparsityConfig.from_json(json.dumps(version_1())) == example()
+
+
+@pytest.mark.parametrize("key", NEW)
+def test_version_1_has_no_new_keys(key: str) -> None:
+    assert key in refusal(json.dumps(version_1() | {key: None}))
+    assert f"lacks {key}" in refusal(json.dumps({k: v for k, v in payload().items() if k != key}))
+
+
+@pytest.mark.parametrize("key", NEW_IN_SITES)
+def test_sites_of_version_1_have_no_new_keys(key: str) -> None:
+    raw = version_1()
+    raw["sites"][SITE][key] = None
+    assert key in refusal(json.dumps(raw))
+
+
+def test_version_1_is_as_strict() -> None:
+    raw = version_1()
+    assert "unknown keys ('more')" in refusal(json.dumps(raw | {"more": 1}))
+    assert "lacks method" in refusal(json.dumps({k: v for k, v in raw.items() if k != "method"}))
+    for sites in ([], None, {SITE: 3}):
+        refusal(json.dumps(raw | {"sites": sites}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"preview": 5}, "preview must be 4 or 8"),
+        ({"preview": True}, "preview must be 4 or 8"),
+        ({"down_sparsity": 0.4}, "down_sparsity must be at least"),
+        ({"down_sparsity": 1.0}, "down_sparsity must be at least"),
+        ({"down_sparsity": None}, "product_threshold"),
+        ({"measured_down_sparsity": 1.5}, "between 0 and 1"),
+        ({"site": {"product_threshold": None}}, "product_threshold"),
+        ({"site": {"down_sparsity": None}}, "down_sparsity"),
+        ({"site": {"down_sparsity": 0.4}}, "between its sparsity"),
+        ({"site": {"down_sparsity": 1.5}}, "between its sparsity"),
+        ({"site": {"product_threshold": math.inf}}, "finite"),
+        ({"site": {"product_threshold": math.nan}}, "finite"),
+    ],
+    ids=str,
+)
+def test_new_fields_out_of_range(changes: dict[str, Any], says: str) -> None:
+    if "site" in changes:
+        sites = decided_twice().sites
+        changes = {"sites": sites | {SITE: replace(sites[SITE], **changes["site"])}}
+    with pytest.raises(CatsparseError, match=says) as caught:
+        decided_twice(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ['"4"', "4.0", "true", "[4]", "0", "NaN"])
+def test_preview_of_a_wrong_type(value: str) -> None:
+    refusal(edited("preview", "HERE").replace('"HERE"', value))
+
+
 share = st.floats(0, 1)
 names = st.text(min_size=1, max_size=20)
 site_configs = st.builds(
@@ -120,6 +214,25 @@ def test_any_config_round_trips_exactly(config: SparsityConfig) -> None:
 def test_bytes_skipped_weighs_sites_by_size() -> None:
     # 2/3 s of each site's bytes: s = 0.5 of 32 x 48 and 0 of 32 x 96.
     assert example().bytes_skipped == pytest.approx(2 / 3 * 0.5 * 48 / (48 + 96), rel=1e-12)
+
+
+@pytest.mark.parametrize("bits", PREVIEW_BITS)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+@pytest.mark.parametrize("hidden", [32, 320, 4096])
+def test_bytes_of_a_preview_are_counted(bits: int, dtype: str, itemsize: int, hidden: int) -> None:
+    assert PREVIEW_BITS == BITS
+    packed, scale = make_preview(torch.randn(3, hidden), bits)
+    read = (packed.nbytes + scale.nbytes) / (3 * 3 * hidden * itemsize)
+    site = SiteConfig(0.1, 0.5, "silu", hidden, 48, 0.2, 0.65)
+    provenance = Provenance("books", 1, 1, 0, dtype)
+    both = decided_twice(sites={SITE: site}, preview=bits, calibration=provenance)
+    assert both.bytes_skipped == pytest.approx((0.5 + 0.5 + 0.65) / 3 - read, abs=1e-12)
+    one = replace(site, product_threshold=None, down_sparsity=None)
+    alone = {"sites": {SITE: one}, "calibration": provenance}
+    assert example(**alone, preview=bits).bytes_skipped == pytest.approx(0.5 - read, abs=1e-12)
+    assert example(**alone).bytes_skipped == pytest.approx(1 / 3)
+    second = decided_twice(sites={SITE: site}, preview=None, calibration=None)
+    assert second.bytes_skipped == pytest.approx((0.5 + 0.65) / 3)
 
 
 @pytest.mark.parametrize(

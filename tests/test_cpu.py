@@ -32,9 +32,11 @@ from catsparse.kernels import (
     cpu,
     gated_mlp,
     gated_mlp_reference,
+    make_preview,
+    preview,
 )
 from catsparse.kernels.arguments import Call
-from catsparse.kernels.build import Library
+from catsparse.kernels.build import Library, with_headers
 from catsparse.kernels.cpu import gated_mlp_cpu
 
 DTYPES = list(KERNEL_TOLERANCE)
@@ -439,6 +441,16 @@ MISFITS: dict[str, dict[str, Any]] = {
     "bias too long": {"bias": torch.rand(6)},
     "bias of one": {"bias": torch.rand(1)},
     "bias in bf16": {"bias": torch.rand(5).bfloat16()},
+    "product threshold too short": {"product_threshold": torch.rand(11)},
+    "product threshold in bf16": {"product_threshold": torch.rand(12).bfloat16()},
+    "product threshold on no device": {"product_threshold": torch.rand(12, device="meta")},
+    "preview without scales": {"preview": make_preview(torch.randn(12, 8), 4)[0]},
+    "preview too short": dict(
+        zip(("preview", "preview_scale"), make_preview(torch.randn(11, 8), 4), strict=True)
+    ),
+    "preview too wide": dict(
+        zip(("preview", "preview_scale"), make_preview(torch.randn(12, 65), 8), strict=True)
+    ),
     "unknown activation": {"act": "swish"},
     "x on no device": {"x": torch.randn(3, 8, device="meta")},
     "gate on no device": {"w_gate": torch.randn(12, 8, device="meta")},
@@ -496,7 +508,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numbers_agree_with_the_c_file() -> None:
-    source = cpu.SOURCE.read_text()
+    source = "".join(path.read_text() for path in with_headers(cpu.SOURCE))
     found = re.search(r"#define MAX_TOKENS (\d+)", source)
     assert found
     assert int(found[1]) == MAX_OP_TOKENS
@@ -510,6 +522,8 @@ def test_numbers_agree_with_the_c_file() -> None:
     order = re.findall(r"\{(\w+)_widen", kinds[1])
     short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     assert order == [short[dtype] for dtype in cpu.DTYPES]
+    for name, value in (("PREVIEW_GROUP", preview.GROUP), ("SCALE_GROUPS", preview.SCALE_GROUPS)):
+        assert re.search(rf"#define {name} {value}\b", source)
 
 
 def test_fields_agree_with_the_c_file() -> None:

@@ -14,8 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import KERNEL_TOLERANCE, check_layouts, check_reading, check_rounding, odd_cases
-from catsparse.kernels import cpu, gated_mlp
+from cases import (
+    KERNEL_TOLERANCE,
+    check_layouts,
+    check_reading,
+    check_rounding,
+    odd_cases,
+    preview_cases,
+)
+from catsparse.kernels import cpu, gated_mlp, make_preview
 from catsparse.kernels.build import FLAGS, Library
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -41,8 +48,8 @@ package.__path__ = [sys.argv[1]]
 sys.modules["catsparse"] = package
 sys.path.insert(0, sys.argv[2])
 import torch
-from cases import KERNEL_TOLERANCE, check_layouts, odd_cases
-from catsparse.kernels import cpu, gated_mlp
+from cases import KERNEL_TOLERANCE, check_layouts, odd_cases, preview_cases
+from catsparse.kernels import cpu, gated_mlp, make_preview
 from catsparse.kernels.build import Library
 
 torch.set_num_threads(2)
@@ -50,7 +57,7 @@ cpu.gated_mlp_reference = None
 library = Library(ctypes.CDLL(sys.argv[3]), "")
 cpu.cpu_library = lambda: library
 for dtype in KERNEL_TOLERANCE:
-    for case in odd_cases(dtype):
+    for case in (*odd_cases(dtype), *preview_cases(dtype, make_preview)):
         check_layouts(case, gated_mlp)
 print("in bounds")
 """
@@ -81,6 +88,7 @@ def processor_has(*flags: str) -> bool:
 
 BUILDS = {
     "native": ["gcc", *FLAGS, "-march=native"],
+    "AVX-512": ["gcc", *FLAGS, "-march=x86-64-v4"],  # products of bf16 pairs are not in it
     "AVX2": ["gcc", *FLAGS, "-mavx2", "-mfma", "-mf16c"],
     "AVX": ["gcc", *FLAGS, "-mavx"],
     "SSE2": ["gcc", *FLAGS, "-msse2"],
@@ -96,6 +104,8 @@ def test_every_build_is_right(build: str, tmp_path: Path, monkeypatch: pytest.Mo
     need(command[0])
     if not X86 and any(flag.startswith("-m") for flag in command):
         pytest.skip("not an x86 machine")
+    if "-march=x86-64-v4" in command and not processor_has("avx512f", "avx512vl", "avx512bw"):
+        pytest.skip("no AVX-512 here")
     if "-mavx2" in command and not processor_has("avx2", "fma", "f16c"):
         pytest.skip("no AVX2 here")
     if "-mavx" in command and not processor_has("avx"):
@@ -107,7 +117,7 @@ def test_every_build_is_right(build: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu, "cpu_library", lambda: library)
     monkeypatch.setattr(cpu, "gated_mlp_reference", None)
     for dtype in KERNEL_TOLERANCE:
-        for case in odd_cases(dtype):
+        for case in (*odd_cases(dtype), *preview_cases(dtype, make_preview)):
             check_layouts(case, gated_mlp)
         if dtype != torch.float32:
             check_reading(dtype, gated_mlp)
@@ -217,3 +227,21 @@ def test_hot_loops_are_vector_code(target: str, tmp_path: Path) -> None:
             elif dtype == "f16":
                 assert count(f16, name) >= 4, name
             assert not any(re.search("__extendhfsf2|gather", line) for line in code[name]), name
+    for loop in ("4_dot_one", "4_dot_group", "8_dot_one", "8_dot_group"):
+        name = f"preview_{loop}"
+        assert count(multiply_add, name) >= 4, name
+        assert count(SCALAR, name) == 0, name
+        assert count("prefetch|prfm", name) >= 4, name
+        assert not any(re.search("pinsr|pextr|gather|cvtsi2ss", line) for line in code[name]), name
+
+
+def test_bf16_previews_multiply_pairs(tmp_path: Path) -> None:
+    """Where the machine can: the kernel's speed in bf16 rests on it."""
+    if not X86:
+        pytest.skip("not an x86 machine")
+    command = [need("gcc"), "-march=cooperlake", *FLAGS, "-fPIC", "-S"]
+    code = functions(compile_c(command, cpu.SOURCE, tmp_path / "kernel.s").read_text())
+    for loop in ("4_dot_one", "4_dot_group", "8_dot_one", "8_dot_group"):
+        lines = code[f"pairs_{loop}"]
+        assert sum(line.startswith("vdpbf16ps") for line in lines) >= 16  # ROWS by 4 fields
+        assert not any(re.match(SCALAR, line) for line in lines)

@@ -480,7 +480,7 @@ def _hooked(model: Any) -> None:
 
 
 def _counted(model: Any) -> None:
-    next(iter(sparse_modules(model).values())).catsparse_counter = lambda keep: None
+    next(iter(sparse_modules(model).values())).catsparse_counter = lambda keep, kept: None
 
 
 MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -321,3 +321,15 @@ def test_evaluation_under_a_peft_adapter(sparse: Any) -> None:
     dense = score(catsparse.densify(merged))
     assert close(found.dense_perplexity.losses, dense.losses)
     assert found.rise != 0
+
+
+def test_both_shares_of_a_second_decision(llama: Any, windows: Any) -> None:
+    calibration = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    catsparse.sparsify(llama, calibration, 0.4, down_sparsity=0.6)
+    found = evaluate.evaluate(llama, windows, progress=False)
+    assert found.sparsity == pytest.approx(0.4, abs=0.03)
+    assert found.down_sparsity == pytest.approx(0.6, abs=0.03)
+    assert found.down_sites.keys() == found.sites.keys()
+    # fp32 weights of H = 32, whose previews have 48 bytes a neuron.
+    expected = (2 * found.sparsity + found.down_sparsity) / 3 - 48 / (3 * 32 * 4)
+    assert found.bytes_skipped == pytest.approx(expected)

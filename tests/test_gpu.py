@@ -74,7 +74,7 @@ def test_prefill_and_decode_masks_agree(windows: torch.Tensor, calibration: Cali
         handle = module.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
         model(input_ids=ids)
         handle.remove()
-        module.catsparse_counter = keeps["prefill"].append
+        module.catsparse_counter = lambda keep, kept: keeps["prefill"].append(keep)
         module(inputs[0])
         module.catsparse_counter = None
         w_gate = module.gate_proj.weight.float()

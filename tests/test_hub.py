@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import catsparse
 from catsparse import CatsparseError, hub, quantizer, surgery
-from catsparse.config import MAX_CONFIG_BYTES
+from catsparse.config import FORMAT_VERSION, MAX_CONFIG_BYTES
 from catsparse.modules import sparse_modules
 from tiny import LONG, SHORT, build, calibrate, close, llama_config, logits, save_base, tokens
 
@@ -655,7 +656,8 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "missing key": edit_json(lambda raw: raw.pop("compensate")),
     "missing key in a site": edit_json(lambda raw: raw["sites"][FIRST].pop("act")),
     "missing format_version": edit_json(lambda raw: raw.pop("format_version")),
-    "newer format_version": put("format_version", 2),
+    "newer format_version": put("format_version", FORMAT_VERSION + 1),
+    "format_version 1 with keys of version 2": put("format_version", 1),
     "newest format_version": put("format_version", 10**30),
     "format_version 0": put("format_version", 0),
     "format_version true": put("format_version", True),
@@ -807,6 +809,110 @@ def assert_untouched(model: nn.Module) -> None:
     assert not sparse_modules(model)
     assert not hasattr(model, "catsparse")
     assert not [name for name, _ in model.named_buffers() if "catsparse" in name]
+
+
+@pytest.fixture(scope="module")
+def saved_twice(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An intact adapter with a preview and a second decision."""
+    model = hub.load_dense_model(str(base))
+    calibration = catsparse.calibrate(
+        model, tokens(8, 32, 7), preview=4, products_at=0.4, progress=False
+    )
+    catsparse.sparsify(model, calibration, 0.4, down_sparsity=0.6)
+    folder = tmp_path_factory.mktemp("hub") / "twice"
+    catsparse.save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_round_trip_with_preview_and_second_decision(
+    saved_twice: Path, merge: bool, tmp_path: Path
+) -> None:
+    first = catsparse.load(saved_twice)
+    catsparse.save(first, tmp_path / "again", merge=merge)
+    second = catsparse.load(tmp_path / "again")
+    assert second.catsparse.config.preview == 4
+    assert second.catsparse.config.down_sparsity == 0.6
+    assert second.catsparse.config.sites == first.catsparse.config.sites
+    for n in (SHORT, LONG):
+        assert torch.equal(logits(first, n), logits(second, n))
+    for one, other in zip(
+        sparse_modules(first).values(), sparse_modules(second).values(), strict=True
+    ):
+        for name in ("product_threshold", "preview", "preview_scale", "mean"):
+            values = [getattr(m, f"catsparse_{name}") for m in (one, other)]
+            assert torch.equal(*values), name
+    calibration = second.catsparse.calibration
+    assert calibration.products_at.sparsity == 0.4
+    catsparse.densify(second)
+    catsparse.sparsify(second, calibration, 0.4, down_sparsity=0.7)  # without the model's data
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "4-bit gate preview, 60% of the down rows unread" in card
+
+
+BROKEN_TWICE: dict[str, Callable[[Path], None]] = {
+    "preview of another width": put("preview", 8),
+    "no preview": put("preview", None),
+    "preview 3": put("preview", 3),
+    "preview a string": put("preview", "4"),
+    "no second decision": put("down_sparsity", None),
+    "down_sparsity below the sparsity": put("down_sparsity", 0.3),
+    "down_sparsity 1": put("down_sparsity", 1.0),
+    "measured_down_sparsity 2": put("measured_down_sparsity", 2),
+    "site without product_threshold": site("product_threshold", "null"),
+    "site with an endless product_threshold": site("product_threshold", "1e999"),
+    "site with another product_threshold": site("product_threshold", "0.5"),
+    "site without down_sparsity": site("down_sparsity", "null"),
+    "site with a lower down_sparsity": site("down_sparsity", "0.1"),
+    "format_version 1": put("format_version", 1),
+    "product threshold missing": edit_tensors(lambda t, _: t.pop(f"{FIRST}.product_threshold")),
+    "product threshold of a wrong shape": replace_tensor("product_threshold", torch.zeros(47)),
+    "product threshold NaN": replace_tensor("product_threshold", torch.full((48,), torch.nan)),
+    "product threshold in bf16": replace_tensor("product_threshold", torch.zeros(48).bfloat16()),
+    "statistics of the gate itself": edit_tensors(lambda _, m: m.pop("catsparse.preview")),
+    "statistics of another preview": set_metadata("preview", "8"),
+    "products missing": edit_tensors(lambda t, _: t.pop(f"{FIRST}.product_histogram")),
+    "products behind nonsense": set_metadata("products_at", '{"sparsity": 9, "method": "cats"}'),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TWICE)
+def test_broken_artifact_with_preview_and_second_decision(
+    name: str, saved_twice: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved_twice, tmp_path / "artifact")
+    hub.read_artifact(str(folder))  # intact
+    BROKEN_TWICE[name](folder)
+    with pytest.raises(CatsparseError) as caught:
+        catsparse.load(folder)
+    one_line(caught.value)
+
+
+def to_version_1(folder: Path) -> None:
+    """What version 1 wrote for the same model: no new keys, and its digest."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["format_version"] = 1
+        for key in ("preview", "down_sparsity", "measured_down_sparsity"):
+            del raw[key]
+        for part in raw["sites"].values():
+            del part["product_threshold"], part["down_sparsity"]
+
+    edit_json(change)(folder)
+    raw = json.loads((folder / CONFIG).read_text())
+    parts = json.dumps([raw["method"], raw["compensate"], raw["sites"]], sort_keys=True)
+    set_metadata("digest", hashlib.sha256(parts.encode()).hexdigest())(folder)
+
+
+def test_version_1_loads_and_is_saved_as_version_2(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "old")
+    to_version_1(folder)
+    old, new = catsparse.load(folder), catsparse.load(saved)
+    assert old.catsparse.config == new.catsparse.config
+    assert torch.equal(logits(old), logits(new))
+    catsparse.save(old, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / CONFIG).read_text())["format_version"] == FORMAT_VERSION
+    assert torch.equal(logits(catsparse.load(tmp_path / "new")), logits(new))
 
 
 def test_infinite_threshold_beside_per_neuron_ones(

@@ -15,6 +15,7 @@ import tiny
 from catsparse import CatsparseError, achieved_sparsity, sparsify
 from catsparse import modules as sparse_forward
 from catsparse.config import SiteConfig, SparsityConfig
+from catsparse.kernels import dequantize, make_preview
 from catsparse.modules import sparse_modules
 
 SITES = ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -164,3 +165,45 @@ def test_meter_within_a_meter_is_refused(sparse_llama: Any) -> None:
             pass
         assert outer.sparsity == counted
         assert all(m.catsparse_counter for m in sparse_modules(sparse_llama).values())
+
+
+def test_both_decisions_against_counting_by_hand(llama: Any, windows: Tensor) -> None:
+    calibration = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    sparsify(llama, calibration, 0.4, down_sparsity=0.6)
+    inputs: dict[str, Tensor] = {}
+    for name, mlp in sparse_modules(llama).items():
+        mlp.register_forward_pre_hook(
+            lambda m, a, name=name: inputs.update({name: a[0].flatten(0, -2)})
+        )
+    with torch.no_grad(), achieved_sparsity(llama) as meter:
+        tiny.logits(llama)
+    shares = []
+    for name, x in inputs.items():
+        mlp = llama.get_submodule(name)
+        packed, scale = make_preview(mlp.gate_proj.weight, 4)
+        decides = F.silu(x @ dequantize(packed, scale, 32, x.dtype).t())
+        h = F.silu(x @ mlp.gate_proj.weight.t()) * (x @ mlp.up_proj.weight.t())
+        keep = decides.abs() > mlp.catsparse_threshold
+        kept = keep & (h.abs() > mlp.catsparse_product_threshold)
+        up, down = (1 - float(m.double().mean()) for m in (keep, kept))
+        assert meter.sites[name] == pytest.approx(up, abs=2e-3)
+        assert meter.down_sites[name] == pytest.approx(down, abs=2e-3)
+        read = (packed.nbytes + scale.nbytes) / (3 * 48 * 32 * 4)  # of fp32 weights
+        shares.append((up, down, (2 * up + down) / 3 - read))
+        with_all_of_down = (2 * up) / 3 - read
+        assert meter.site_bytes_skipped(name, down=False) == pytest.approx(
+            with_all_of_down, abs=2e-3
+        )
+    for i, value in enumerate((meter.sparsity, meter.down_sparsity, meter.bytes_skipped)):
+        assert value == pytest.approx(sum(share[i] for share in shares) / 2, abs=2e-3)
+    assert meter.down_sparsity > meter.sparsity + 0.1
+
+
+def test_preview_that_is_not_in_use_is_not_counted(llama: Any, windows: Tensor) -> None:
+    sparsify(llama, catsparse.calibrate(llama, windows, preview=4, progress=False))
+    for mlp in sparse_modules(llama).values():
+        mlp.gate_proj.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), achieved_sparsity(llama) as meter:
+        tiny.logits(llama)
+    assert meter.down_sparsity == meter.sparsity
+    assert meter.bytes_skipped == pytest.approx(2 / 3 * meter.sparsity)

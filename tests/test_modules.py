@@ -594,7 +594,7 @@ def agreement(model: Any, ids: Tensor) -> tuple[float, float, float]:
         handles.append(
             mlp.register_forward_pre_hook(lambda m, a, name=name: inputs.update({name: a[0]}))
         )
-        mlp.catsparse_counter = lambda keep, name=name: masks.update({name: keep})
+        mlp.catsparse_counter = lambda keep, kept, name=name: masks.update({name: keep})
     model(input_ids=ids, use_cache=False)
     for mlp in modules.values():
         mlp.catsparse_counter = None
@@ -695,7 +695,7 @@ def test_copy_is_made_by_the_first_decode(fused: bool) -> None:
     mlp(torch.randn(0, H))
     with torch.enable_grad():
         mlp(torch.randn(1, H))
-    mlp.catsparse_counter = lambda keep: None
+    mlp.catsparse_counter = lambda keep, kept: None
     mlp(torch.randn(1, H))
     mlp.catsparse_counter = None
     mlp.catsparse_enabled = False

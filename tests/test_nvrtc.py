@@ -12,6 +12,7 @@ import torch
 
 from catsparse.bench import gpu
 from catsparse.kernels import attention, cuda, linear, nvrtc, stream
+from catsparse.kernels.tiles import find_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +34,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def defines(tokens: int, hidden: int, dtype: torch.dtype, act: str) -> tuple[tuple[str, str], ...]:
+def defines(
+    tokens: int, hidden: int, dtype: torch.dtype, act: str, second: bool = False, bits: int = 0
+) -> tuple[tuple[str, str], ...]:
     pieces = -(-hidden * dtype.itemsize // 16)
     plan = stream.find_plan(hidden * dtype.itemsize, tokens)
     columns = -(-pieces // plan.threads)
-    return cuda._defines(dtype, act, tokens, plan, columns, pieces == plan.threads * columns)
+    even = pieces == plan.threads * columns
+    tiles = find_tiles(hidden, bits, plan.rows * hidden * dtype.itemsize) if bits else None
+    return cuda._defines(dtype, act, tokens, plan, columns, even, second, tiles)
 
 
 @pytest.mark.parametrize("hidden", [4096, 576])
@@ -47,6 +52,13 @@ def test_the_kernel_compiles(dtype: torch.dtype, hidden: int) -> None:
         code = cuda._compile(defines(tokens, hidden, dtype, act), "sm_90")
         assert code[:4] == b"\x7fELF"
         assert b"gated_mlp_sum" in code
+
+
+@pytest.mark.parametrize("hidden", [8192, 584])
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
+def test_it_compiles_with_a_preview_and_a_second_decision(dtype: torch.dtype, hidden: int) -> None:
+    for tokens, second, bits in ((1, True, 0), (2, False, 8), (4, True, 4)):
+        assert cuda._compile(defines(tokens, hidden, dtype, "silu", second, bits), "sm_90")
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)

@@ -17,7 +17,10 @@ from transformers import AutoConfig
 import catsparse
 import tiny
 from catsparse import Calibration, CatsparseError, calibrate, observation
+from catsparse.calibration import GateDecision
 from catsparse.data import pack_texts
+from catsparse.kernels import dequantize, make_preview
+from catsparse.products import ProductStatistics
 from catsparse.statistics import SiteStatistics
 from test_calibration import assert_equal
 from test_statistics import assert_same_counts
@@ -608,3 +611,232 @@ def test_result_is_on_the_cpu_and_usable(llama: Any, windows: Tensor) -> None:
     calibration = quiet(llama, windows)
     assert all(t.device.type == "cpu" for t in calibration.tensors().values())
     catsparse.sparsify(llama, calibration)
+
+
+# A preview's activations, and the second pass
+
+
+def gates_by_hand(model: Any, windows: Tensor, bits: int | None) -> dict[str, tuple[Tensor, ...]]:
+    """(g that decides, u, h) of each site, from hooks of our own."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in SITES}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, name=name: seen[name].append(args[0].flatten(0, 1))
+        )
+        for name in SITES
+    ]
+    with torch.no_grad():
+        for ids in windows.split(8):
+            model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, parts in seen.items():
+        mlp, x = model.get_submodule(name), torch.cat(parts)
+        w_gate = decides = mlp.gate_proj.weight.detach()
+        if bits is not None:
+            decides = dequantize(*make_preview(w_gate, bits), w_gate.shape[1], x.dtype)
+        u = x @ mlp.up_proj.weight.detach().t()
+        found[name] = F.silu(x @ decides.t()), u, F.silu(x @ w_gate.t()) * u
+    return found
+
+
+def assert_alike(one: Tensor, other: Tensor) -> None:
+    """Counts, but for a few that other matmuls round to the next magnitude."""
+    assert int(one.sum()) == int(other.sum())
+    assert int((one - other).abs().sum()) <= 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_preview_is_what_is_counted(llama: Any, windows: Tensor, bits: int) -> None:
+    calibration = quiet(llama, windows, preview=bits)
+    assert calibration.preview == bits
+    assert calibration.products_at is None
+    for name, (g, u, h) in gates_by_hand(llama, windows, bits).items():
+        expected, own = SiteStatistics.empty(48), calibration.statistics[name]
+        expected.update(g, u, h)
+        assert_alike(own.histogram, expected.histogram)
+        torch.testing.assert_close(own.gate_square, expected.gate_square, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.up_square, expected.up_square, rtol=1e-4, atol=1e-5)
+        sums = own.bucket_sum.sum(0), expected.bucket_sum.sum(0)
+        torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)  # of the exact product
+        exact = quiet(llama, windows).statistics[name]
+        assert int((own.histogram - exact.histogram).abs().sum()) > 1000
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("method", ["cats", "chess"])
+def test_products_are_those_behind_the_gate(
+    llama: Any, windows: Tensor, bits: int | None, method: str
+) -> None:
+    calibration = quiet(llama, windows, preview=bits, products_at=0.4, method=method)
+    first = quiet(llama, windows, preview=bits)
+    assert calibration.products_at == GateDecision(0.4, method)
+    assert calibration.provenance == first.provenance
+    thresholds = first.thresholds(0.4, method)
+    for name, (g, _, h) in gates_by_hand(llama, windows, bits).items():
+        norm = llama.get_submodule(name).down_proj.weight.detach().double().norm(dim=0).float()
+        own = calibration.products[name]
+        torch.testing.assert_close(own.down_norm, norm, rtol=1e-5, atol=0)
+        expected = ProductStatistics.empty(norm)
+        expected.update(g, h, thresholds[name].threshold)
+        assert int((own.histogram - expected.histogram).abs().sum()) <= 8
+        assert int((own.bucket_count - expected.bucket_count).abs().sum()) <= 8
+        sums = own.bucket_sum.sum(0), expected.bucket_sum.sum(0)
+        torch.testing.assert_close(*sums, rtol=1e-2, atol=1e-2)
+        for field in ("histogram", "bucket_count", "bucket_sum"):  # the first pass is the same
+            assert torch.equal(
+                getattr(calibration.statistics[name], field), getattr(first.statistics[name], field)
+            )
+
+
+def test_shares_on_the_calibration_tokens(llama: Any, windows: Tensor) -> None:
+    """The first layer sees the very inputs that were counted: there the shares are exact."""
+    calibration = quiet(llama, windows, preview=4, products_at=0.4)
+    catsparse.sparsify(llama, calibration, 0.4, down_sparsity=0.6)
+    with torch.no_grad(), catsparse.achieved_sparsity(llama) as meter:
+        llama(input_ids=windows)
+    site = llama.catsparse.config.sites[SITES[0]]
+    assert meter.sites[SITES[0]] == pytest.approx(site.sparsity, abs=1e-3)
+    assert meter.down_sites[SITES[0]] == pytest.approx(site.down_sparsity, abs=5e-3)
+    assert site.sparsity == pytest.approx(0.4, abs=0.02)
+    assert site.down_sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_pads_are_in_neither_pass(llama: Any) -> None:
+    batch = padded_batch("right")
+    calibration = quiet(llama, [batch], preview=4, products_at=0.0, method="chess")
+    for products in calibration.products.values():
+        assert bool((products.bucket_count.sum(0) == 41).all())
+
+
+def test_fused_projection_has_a_preview(windows: Tensor) -> None:
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny.build(AutoConfig.for_model("phi3", **config, bos_token_id=1, eos_token_id=2))
+    calibration = quiet(model, windows, preview=4, products_at=0.4)
+    catsparse.sparsify(model, calibration, 0.4, down_sparsity=0.6)
+    with torch.no_grad(), catsparse.achieved_sparsity(model) as meter:
+        model(input_ids=windows)
+    assert meter.sparsity == pytest.approx(0.4, abs=0.02)
+    assert meter.down_sparsity == pytest.approx(0.6, abs=0.01)
+
+
+def test_data_that_can_be_read_only_once(llama: Any, batches: list[Any]) -> None:
+    with pytest.raises(CatsparseError, match=r"read only once.*list of batches") as caught:
+        quiet(llama, iter(batches), products_at=0.5)
+    one_line(caught)
+    quiet(llama, iter(batches), preview=4)
+
+
+def test_data_that_is_other_when_read_again(llama: Any, batches: list[Any]) -> None:
+    class Shrinking:
+        def __iter__(self) -> Iterator[Any]:
+            batches.pop()
+            return iter(batches)
+
+    with pytest.raises(CatsparseError, match=r"160 tokens at first and 128 when read again"):
+        quiet(llama, Shrinking(), products_at=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"preview": 3}, "preview must be 4 or 8"),
+        ({"preview": True}, "preview must be 4 or 8"),
+        ({"preview": 4.0}, "preview must be 4 or 8"),
+        ({"products_at": 1.0}, "sparsity must be"),
+        ({"products_at": 0.5, "method": "teal"}, "method must be one of"),
+    ],
+)
+def test_unusable_options(llama: Any, windows: Tensor, options: Any, says: str) -> None:
+    with pytest.raises(CatsparseError, match=says) as caught:
+        quiet(llama, windows, **options)
+    one_line(caught)
+
+
+def test_weights_that_cannot_be_read(llama: Any, windows: Tensor) -> None:
+    class Wrapped(nn.Linear):
+        pass
+
+    before = snapshot(llama)
+    mlp = llama.model.layers[1].mlp
+    for child, option in (("gate_proj", {"preview": 4}), ("down_proj", {"products_at": 0.5})):
+        linear = getattr(mlp, child)
+        linear.__class__ = Wrapped
+        with pytest.raises(CatsparseError, match=f"{child} is .*; calibrate without") as caught:
+            quiet(llama, windows, **option)
+        assert SITES[1] in one_line(caught)
+        linear.__class__ = nn.Linear
+    assert snapshot(llama) == before
+
+
+PASSES = {"preview": 4, "products_at": 0.4}
+
+
+class Interrupting:
+    """Batches that may be read again, with an interrupt before the batch of this number in all."""
+
+    def __init__(self, batches: list[Any], after: int) -> None:
+        self.batches, self.left = batches, after
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.usefixtures("every_batch")
+@pytest.mark.parametrize("after", [1, BATCHES, BATCHES + 1, 2 * BATCHES - 1])
+def test_interrupted_passes_go_on(
+    llama: Any, batches: list[Any], after: int, tmp_path: Path
+) -> None:
+    expected = quiet(llama, batches, **PASSES)
+    path = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        quiet(llama, Interrupting(batches, after), checkpoint=path, **PASSES)
+    assert path.exists()
+    calls = counted(llama)
+    resumed = quiet(llama, batches, checkpoint=path, **PASSES)
+    assert len(calls) == 2 * BATCHES - after
+    assert_equal(resumed, expected)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("every_batch")
+def test_interrupted_in_both_passes(llama: Any, batches: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    for after in (2, BATCHES + 2, BATCHES + 2, BATCHES + 4):
+        with pytest.raises(KeyboardInterrupt):
+            quiet(llama, Interrupting(batches, after), checkpoint=path, **PASSES)
+    assert_equal(quiet(llama, batches, checkpoint=path, **PASSES), quiet(llama, batches, **PASSES))
+
+
+@pytest.mark.usefixtures("every_batch")
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"preview": 8}, {"preview": None}, {"products_at": 0.5}, {"products_at": None}),
+        {"method": "chess"},
+    ],
+    ids=str,
+)
+def test_checkpoint_of_a_second_pass_of_other_settings(
+    llama: Any, batches: list[Any], change: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        quiet(llama, Interrupting(batches, BATCHES + 2), checkpoint=path, **PASSES)
+    with pytest.raises(CatsparseError, match="delete it to start again") as caught:
+        quiet(llama, batches, checkpoint=path, **(PASSES | change))
+    assert str(path) in one_line(caught)
+    assert path.exists()
+
+
+@pytest.mark.usefixtures("every_batch")
+def test_model_is_unchanged_by_both_passes(llama: Any, windows: Tensor, tmp_path: Path) -> None:
+    before = snapshot(mixed_flags(llama))
+    quiet(llama, windows, checkpoint=tmp_path / "checkpoint", **PASSES)
+    assert snapshot(llama) == before

@@ -333,3 +333,52 @@ def test_base_model_of() -> None:
     model.config._commit_hash = "abc"
     assert base_model_of(model) == catsparse.config.BaseModel("owner/name", "llama", "abc")
     assert base_model_of(nn.Linear(1, 1)) is None
+
+
+# Preview and second decision
+
+
+def test_config_of_preview_and_second_decision(llama: Any, windows: Any) -> None:
+    calibration = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    thresholds = calibration.thresholds(0.4, down_sparsity=0.6)
+    config = state_of(sparsify(llama, calibration, 0.4, down_sparsity=0.6, preview=4)).config
+    assert (config.preview, config.down_sparsity) == (4, 0.6)
+    for name, t in thresholds.items():
+        site, mlp = config.sites[name], llama.get_submodule(name)
+        assert (site.product_threshold, site.down_sparsity) == (t.product_scalar, t.down_sparsity)
+        assert torch.equal(mlp.catsparse_product_threshold, t.product)
+        assert mlp.catsparse_preview_bits == 4
+    shares = [site.down_sparsity for site in config.sites.values()]
+    assert config.measured_down_sparsity == pytest.approx(sum(shares) / 2)
+    assert config.measured_down_sparsity == pytest.approx(0.6, abs=0.01)
+
+
+def test_preview_other_than_calibrated(llama: Any, calibration: Calibration, windows: Any) -> None:
+    eight = catsparse.calibrate(llama, windows, preview=8, progress=False)
+    for given in (calibration, eight):
+        with pytest.raises(CatsparseError, match="calibrate again with preview=4") as caught:
+            sparsify(llama, given, preview=4)
+        assert f"was made with preview={given.preview};" in one_line(caught)
+        assert is_dense(llama)
+    with pytest.raises(CatsparseError, match="calibrate again with products_at"):
+        sparsify(llama, calibration, down_sparsity=0.6)
+    sparsify(llama, eight)
+    assert llama.catsparse.config.preview == 8
+
+
+def test_config_alone_with_a_preview(llama: Any, windows: Any) -> None:
+    calibration = catsparse.calibrate(
+        llama, windows, preview=4, products_at=0.4, method="cats", progress=False
+    )
+    sparsify(llama, calibration, 0.4, "cats", compensate=False)
+    config, expected = llama.catsparse.config, tiny.logits(llama)
+    densify(llama)
+    sparsify(llama, config)
+    assert torch.equal(tiny.logits(llama), expected)
+    densify(llama)
+    sparsify(llama, calibration, 0.4, "cats", compensate=False, down_sparsity=0.6)
+    config = llama.catsparse.config
+    densify(llama)
+    with pytest.raises(CatsparseError, match="second decision") as caught:
+        sparsify(llama, config)
+    one_line(caught)

@@ -148,3 +148,20 @@ def test_measured_bytes_are_those_of_the_path(sparse_llama: Any) -> None:
     assert dropped.bytes_skipped == pytest.approx(2 / 3 * dropped.sparsity)
     set_backend(sparse_llama, "c", down_copy=False)
     assert measure(sparse_llama, ids).bytes_skipped == pytest.approx(dropped.bytes_skipped / 2)
+
+
+def test_measured_bytes_with_preview_and_second_decision(llama: Any, windows: Tensor) -> None:
+    calibration = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    sparse = catsparse.sparsify(llama, calibration, 0.4, down_sparsity=0.6)
+    ids: Tensor = tiny.tokens(1, tiny.LONG)[0]
+    set_backend(sparse, "torch")
+    assert measure(sparse, ids).bytes_skipped == 0
+    if cpu_library().handle is None:
+        pytest.skip("no C compiler")
+    set_backend(sparse, "c")
+    both = measure(sparse, ids)
+    set_backend(sparse, "c", down_copy=False)
+    up = measure(sparse, ids)
+    preview = 48 / (3 * 32 * 4)  # bytes a neuron, of fp32 weights of H = 32
+    assert up.bytes_skipped == pytest.approx(2 / 3 * up.sparsity - preview)
+    assert both.bytes_skipped > up.bytes_skipped + both.sparsity / 3 + 0.03

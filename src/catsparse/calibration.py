@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch import Tensor
 from .config import (
     ACTIVATIONS,
     DEFAULT_METHOD,
+    METHODS,
     Provenance,
     build,
     check_choice,
+    check_down_sparsity,
+    check_preview,
     check_sparsity,
     parse_json,
     shorten,
@@ -26,17 +29,33 @@ from .config import (
 )
 from .errors import CatsparseError
 from .methods import SiteThreshold, site_threshold
+from .products import ProductStatistics
 from .sites import Site
 from .statistics import BINS, BUCKETS, SiteStatistics
 
 # A statistics field: (dtype, shape as a function of the number of neurons).
-_FIELDS: dict[str, tuple[torch.dtype, Callable[[int], tuple[int, ...]]]] = {
+_Fields = dict[str, tuple[torch.dtype, Callable[[int], tuple[int, ...]]]]
+_FIELDS: _Fields = {
     "histogram": (torch.int64, lambda neurons: (BINS,)),
     "gate_square": (torch.float64, lambda neurons: (neurons,)),
     "up_square": (torch.float64, lambda neurons: (neurons,)),
     "bucket_count": (torch.int32, lambda neurons: (BUCKETS, neurons)),
     "bucket_sum": (torch.float32, lambda neurons: (BUCKETS, neurons)),
 }
+_PRODUCT_FIELDS: _Fields = {  # as ``product_...``, but for the norm
+    "histogram": _FIELDS["histogram"],
+    "bucket_count": _FIELDS["bucket_count"],
+    "bucket_sum": _FIELDS["bucket_sum"],
+    "down_norm": (torch.float32, lambda neurons: (neurons,)),
+}
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """The decision of the gate behind which products were gathered."""
+
+    sparsity: float
+    method: str
 
 
 @dataclass
@@ -47,47 +66,104 @@ class Calibration:
         sites: what was found in the model, by module name.
         statistics: what was counted there, on the CPU.
         provenance: data, tokens, sequence length, seed and dtype.
+        preview: bits of the gate preview whose activations were counted; None for the gate's own.
+        products_at: the decision of the gate that ``products`` were gathered behind, or None.
+        products: by site, what a second decision needs; empty without ``products_at``.
     """
 
     sites: dict[str, Site]
     statistics: dict[str, SiteStatistics]
     provenance: Provenance
+    preview: int | None = None
+    products_at: GateDecision | None = None
+    products: dict[str, ProductStatistics] = field(default_factory=dict)
 
     def thresholds(
-        self, sparsity: float, method: str = DEFAULT_METHOD, compensate: bool = True
+        self,
+        sparsity: float,
+        method: str = DEFAULT_METHOD,
+        compensate: bool = True,
+        down_sparsity: float | None = None,
     ) -> dict[str, SiteThreshold]:
         """Thresholds and means for each site, without touching the model.
 
+        Args:
+            sparsity: fraction of neurons that the gate drops.
+            method: ``cats``, ``chess`` or ``energy``.
+            compensate: whether to give means.
+            down_sparsity: fraction of W_down's rows not read, at least ``sparsity``: a second
+                decision, from products gathered at this very sparsity and method. None for none.
+
         Raises:
-            CatsparseError: the sparsity is outside [0, 1) or the method unknown.
+            CatsparseError: a sparsity is out of range, the method unknown, or there are no such
+                products.
         """
         check_sparsity(sparsity)
+        if down_sparsity is None:
+            return {
+                name: site_threshold(statistics, method, sparsity, compensate)
+                for name, statistics in self.statistics.items()
+            }
+        check_down_sparsity(down_sparsity, sparsity)
+        if self.products_at != GateDecision(sparsity, method):
+            there = self.products_at
+            has = f"behind {there.method} at {there.sparsity}" if there else "none"
+            raise CatsparseError(
+                f"down_sparsity needs the calibration's products behind {method} at {sparsity} (it "
+                f"has {has}); calibrate again with products_at={sparsity}, method={method!r}"
+            )
         return {
-            name: site_threshold(statistics, method, sparsity, compensate)
+            name: site_threshold(
+                statistics, method, sparsity, compensate, self.products[name], down_sparsity
+            )
             for name, statistics in self.statistics.items()
         }
 
     def __add__(self, other: Calibration) -> Calibration:
-        """As if both runs' tokens had been seen in one; the sites must be the same."""
+        """As if both runs' tokens had been seen in one; sites, preview and what the products were
+        gathered behind must be the same. (Each run's products are behind its own thresholds.)"""
         if self.sites != other.sites:
             raise CatsparseError("calibrations of different models cannot be added")
+        if (self.preview, self.products_at) != (other.preview, other.products_at):
+            raise CatsparseError(
+                "calibrations cannot be added unless preview, products_at and its method are the "
+                "same; calibrate one of them again"
+            )
         merged = {name: s + other.statistics[name] for name, s in self.statistics.items()}
+        products = {name: p + other.products[name] for name, p in self.products.items()}
         first, second = self.provenance, other.provenance
         data = first.data if first.data == second.data else f"{first.data} + {second.data}"
         provenance = replace(first, data=data, tokens=first.tokens + second.tokens)
-        return Calibration(dict(self.sites), merged, provenance)
+        return replace(
+            self,
+            sites=dict(self.sites),
+            statistics=merged,
+            provenance=provenance,
+            products=products,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every statistic under ``<site>.<field>``, as stored in ``calibration.safetensors``."""
-        return {
+        tensors = {
             f"{name}.{field}": getattr(statistics, field)
             for name, statistics in self.statistics.items()
             for field in _FIELDS
         }
+        return tensors | {
+            f"{name}.{_product_key(field)}": getattr(products, field)
+            for name, products in self.products.items()
+            for field in _PRODUCT_FIELDS
+        }
 
     def metadata(self) -> dict[str, str]:
-        """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON."""
-        return {
+        """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON, and
+        preview and products_at where there are any."""
+        extra: dict[str, str] = {}
+        if self.preview is not None:
+            extra["catsparse.preview"] = json.dumps(self.preview)
+        if self.products_at is not None:
+            extra["catsparse.products_at"] = json.dumps(asdict(self.products_at))
+        return extra | {
             "catsparse.sites": json.dumps([asdict(site) for site in self.sites.values()]),
             "catsparse.tokens": json.dumps({n: s.tokens for n, s in self.statistics.items()}),
             "catsparse.provenance": json.dumps(asdict(self.provenance)),
@@ -118,9 +194,15 @@ class Calibration:
                 for site in sites:
                     check_choice(f"act of {shorten(site.name)}", site.act, ACTIVATIONS)
                 provenance = build(Provenance, part["provenance"], "provenance")
+                preview, products_at = _read_preview(metadata), _read_products_at(metadata)
                 statistics = {
                     site.name: _read_statistics(file, site, part["tokens"][site.name])
                     for site in sites
+                }
+                products = {
+                    site.name: _read_products(file, site, part["tokens"][site.name])
+                    for site in sites
+                    if products_at is not None
                 }
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CatsparseError(
@@ -128,16 +210,32 @@ class Calibration:
             ) from error
         if not sites:
             raise CatsparseError(f"{path} holds no site; calibrate again")
-        return cls({site.name: site for site in sites}, statistics, provenance)
+        found = {site.name: site for site in sites}
+        return cls(found, statistics, provenance, preview, products_at, products)
+
+
+def _product_key(field: str) -> str:
+    return field if field == "down_norm" else f"product_{field}"
+
+
+def _read_preview(metadata: dict[str, str]) -> int | None:
+    preview = parse_json(metadata.get("catsparse.preview", "null"), "preview")
+    check_preview(preview)  # type: ignore[arg-type]
+    return preview  # type: ignore[return-value]
+
+
+def _read_products_at(metadata: dict[str, str]) -> GateDecision | None:
+    if "catsparse.products_at" not in metadata:
+        return None
+    raw = parse_json(metadata["catsparse.products_at"], "products_at")
+    decision: GateDecision = build(GateDecision, raw, "products_at")
+    check_sparsity(decision.sparsity)
+    check_choice("method", decision.method, METHODS)
+    return decision
 
 
 def _read_statistics(file: Any, site: Site, tokens: object) -> SiteStatistics:
-    name, values = shorten(site.name), {}
-    for field, (dtype, shape) in _FIELDS.items():
-        value = file.get_tensor(f"{site.name}.{field}")
-        if value.dtype != dtype or tuple(value.shape) != shape(site.intermediate_size):
-            raise CatsparseError(f"{field} of {name} is {value.dtype} {list(value.shape)}")
-        values[field] = value
+    name, values = shorten(site.name), _read_fields(file, site, _FIELDS, lambda field: field)
     finite = all(bool(value.isfinite().all()) for value in values.values())
     counts = [value for field, value in values.items() if field != "bucket_sum"]
     if not isinstance(tokens, int) or tokens < 1 or not finite:
@@ -146,3 +244,32 @@ def _read_statistics(file: Any, site: Site, tokens: object) -> SiteStatistics:
     if total != tokens * site.intermediate_size or any(bool((c < 0).any()) for c in counts):
         raise CatsparseError(f"the counts of {name} contradict each other")
     return SiteStatistics(tokens, **values)
+
+
+def _read_products(file: Any, site: Site, tokens: int) -> ProductStatistics:
+    name, values = shorten(site.name), _read_fields(file, site, _PRODUCT_FIELDS, _product_key)
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        raise CatsparseError(f"the products of {name} are damaged")
+    counts = [value for field, value in values.items() if field != "bucket_sum"]
+    seen = values["bucket_count"].sum(0)
+    if (
+        any(bool((count < 0).any()) for count in counts)
+        or bool((seen > tokens).any())
+        or int(values["histogram"].sum()) != int(seen.sum())
+    ):
+        raise CatsparseError(f"the counts of products of {name} contradict each other")
+    return ProductStatistics(**values)
+
+
+def _read_fields(
+    file: Any, site: Site, fields: _Fields, key: Callable[[str], str]
+) -> dict[str, Tensor]:
+    values = {}
+    for name, (dtype, shape) in fields.items():
+        value = file.get_tensor(f"{site.name}.{key(name)}")
+        if value.dtype != dtype or tuple(value.shape) != shape(site.intermediate_size):
+            raise CatsparseError(
+                f"{key(name)} of {shorten(site.name)} is {value.dtype} {list(value.shape)}"
+            )
+        values[name] = value
+    return values

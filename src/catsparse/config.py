@@ -20,11 +20,12 @@ from .errors import CatsparseError
 
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METHODS = ("cats", "chess", "energy")
 DEFAULT_METHOD = "energy"
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+PREVIEW_BITS = (4, 8)
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -55,7 +56,9 @@ class SiteConfig:
 
     ``threshold`` is on the method's score scale: |g| for ``cats``, |g| sqrt(E[u^2]) for ``chess``
     (whose per-neuron thresholds are tensors); negative keeps every neuron. ``sparsity`` is the
-    fraction of neurons dropped on the calibration tokens.
+    fraction of neurons dropped on the calibration tokens. With a second decision,
+    ``product_threshold`` is on the scale of |g u| times the norm of the neuron's row of W_down, and
+    ``down_sparsity`` is the fraction of these rows not read, by either decision.
     """
 
     threshold: float
@@ -63,14 +66,19 @@ class SiteConfig:
     act: str
     hidden_size: int
     intermediate_size: int
+    product_threshold: float | None = None
+    down_sparsity: float | None = None
 
 
 @dataclass(frozen=True)
 class SparsityConfig:
     """Everything of a sparse model but its tensors; maps one to one to ``catsparse.json``.
 
-    A config whose method is ``cats`` and which does not compensate is complete by itself:
-    ``sparsify(model, config)`` needs no calibration.
+    A config whose method is ``cats`` and which neither compensates nor decides a second time is
+    complete by itself: ``sparsify(model, config)`` needs no calibration.
+
+    ``preview`` is the bits of the gate preview that decides, ``down_sparsity`` what was asked of
+    the second decision; None stands for neither.
 
     Raises:
         CatsparseError: a field is out of its range.
@@ -81,6 +89,9 @@ class SparsityConfig:
     compensate: bool = False
     sparsity: float = 0.5
     measured_sparsity: float | None = None
+    down_sparsity: float | None = None
+    measured_down_sparsity: float | None = None
+    preview: int | None = None
     prefill: str = "masked"
     base_model: BaseModel | None = None
     calibration: Provenance | None = None
@@ -91,10 +102,15 @@ class SparsityConfig:
         check_choice("method", self.method, METHODS)
         check_choice("prefill", self.prefill, PREFILL_POLICIES)
         check_sparsity(self.sparsity)
+        check_preview(self.preview)
+        if self.down_sparsity is not None:
+            check_down_sparsity(self.down_sparsity, self.sparsity)
         if not self.sites:
             raise CatsparseError("the config lists no site; name at least one gated MLP")
         if self.measured_sparsity is not None:
             _check_fraction("measured_sparsity", self.measured_sparsity)
+        if self.measured_down_sparsity is not None:
+            _check_fraction("measured_down_sparsity", self.measured_down_sparsity)
         for name, site in self.sites.items():
             shown = shorten(name)
             check_choice(f"act of {shown}", site.act, ACTIVATIONS)
@@ -103,14 +119,53 @@ class SparsityConfig:
                     f"the threshold of {shown} is {site.threshold}; it must be a finite number"
                 )
             _check_fraction(f"the sparsity of {shown}", site.sparsity)
+            self._check_second_decision(shown, site)
             if site.hidden_size < 1 or site.intermediate_size < 1:
                 raise CatsparseError(f"the sizes of {shown} must be at least 1")
 
+    def _check_second_decision(self, shown: str, site: SiteConfig) -> None:
+        given = [v is not None for v in (site.product_threshold, site.down_sparsity)]
+        if given != [self.down_sparsity is not None] * 2:
+            raise CatsparseError(
+                f"down_sparsity and product_threshold of {shown} must be given if the config has a "
+                "down_sparsity, else be null"
+            )
+        if site.product_threshold is None or site.down_sparsity is None:
+            return
+        if not math.isfinite(site.product_threshold):
+            raise CatsparseError(
+                f"the product_threshold of {shown} is {site.product_threshold}; it must be a "
+                "finite number"
+            )
+        if not site.sparsity <= site.down_sparsity <= 1.0:
+            raise CatsparseError(
+                f"the down_sparsity of {shown} is {site.down_sparsity}; it must lie between its "
+                f"sparsity, {site.sparsity}, and 1"
+            )
+
+    @property
+    def described(self) -> str:
+        """The method and what goes with it, in words."""
+        words = [self.method]
+        words += ["compensated"] if self.compensate else []
+        words += [] if self.preview is None else [f"{self.preview}-bit gate preview"]
+        if self.down_sparsity is not None:
+            words.append(f"{self.down_sparsity:.0%} of the down rows unread")
+        return ", ".join(words)
+
     @property
     def bytes_skipped(self) -> float:
-        """Fraction of the sites' MLP weight bytes a decoded token does not read (2s/3 a site)."""
+        """Fraction of the sites' MLP weight bytes a decoded token does not read.
+
+        A preview's bytes count as read, against weights of the calibration's dtype.
+        """
+        itemsize = 4 if self.calibration and self.calibration.dtype == "float32" else 2
         size = {name: s.hidden_size * s.intermediate_size for name, s in self.sites.items()}
-        skipped = sum(2 / 3 * s.sparsity * size[name] for name, s in self.sites.items())
+        skipped = sum(
+            size[name]
+            * bytes_skipped(s.sparsity, s.down_sparsity, self.preview, s.hidden_size, itemsize)
+            for name, s in self.sites.items()
+        )
         return skipped / sum(size.values())
 
     def to_json(self) -> str:
@@ -134,7 +189,7 @@ class SparsityConfig:
                 f"{source} has format version {version}, this catsparse reads up to "
                 f"{FORMAT_VERSION}: upgrade with 'pip install -U catsparse'"
             )
-        config: SparsityConfig = build(cls, raw, source)
+        config: SparsityConfig = build(cls, _upgrade(raw, source) if version == 1 else raw, source)
         return config
 
     @classmethod
@@ -162,6 +217,39 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 def check_sparsity(value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise CatsparseError(f"sparsity must be at least 0 and below 1, not {value}")
+
+
+def check_down_sparsity(value: float, sparsity: float) -> None:
+    if not sparsity <= value < 1.0:
+        raise CatsparseError(
+            f"down_sparsity must be at least the sparsity, {sparsity}, and below 1, not {value}"
+        )
+
+
+def check_preview(bits: int | None) -> None:
+    if bits is not None and (type(bits) is not int or bits not in PREVIEW_BITS):
+        choices = " or ".join(map(str, PREVIEW_BITS))
+        raise CatsparseError(f"preview must be {choices} bits or None, not {shorten(bits)}")
+
+
+def preview_bytes(hidden: int, bits: int) -> int:
+    """Bytes of a neuron in a gate preview: codes in groups of 64, scales in pieces of 16 bytes."""
+    groups = -(-hidden // 64)
+    return groups * 8 * bits + 16 * -(-groups // 8)
+
+
+def bytes_skipped(
+    sparsity: float, down_sparsity: float | None, preview: int | None, hidden: int, itemsize: int
+) -> float:
+    """Fraction of one gated MLP's weight bytes that a decoded token does not read.
+
+    Without a preview, dropped neurons' rows of W_up and W_down; with one, their rows of W_gate,
+    too, less the preview's own bytes (so the fraction is negative if little is dropped).
+    """
+    down = sparsity if down_sparsity is None else down_sparsity
+    if preview is None:
+        return (sparsity + down) / 3
+    return (2 * sparsity + down - preview_bytes(hidden, preview) / (hidden * itemsize)) / 3
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -237,10 +325,38 @@ _PRIMITIVES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
     "int": (int,),
+    "int | None": (int, type(None)),
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "bool": (bool,),
 }
+
+
+# Keys that a file of format version 1 has not.
+_SINCE_2 = ("down_sparsity", "measured_down_sparsity", "preview")
+_SITE_SINCE_2 = ("product_threshold", "down_sparsity")
+
+
+def _upgrade(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """A file of version 1 as version 2 has it; new keys in it are as unknown as any."""
+
+    def added(part: Any, keys: tuple[str, ...], where: str) -> Any:
+        if not isinstance(part, dict):
+            return part  # build says what is wrong
+        if unknown := sorted(part.keys() & set(keys)):
+            raise CatsparseError(
+                f"{where} has unknown keys ({', '.join(map(repr, unknown))}) for format version 1; "
+                "remove them or save it again"
+            )
+        return part | dict.fromkeys(keys)
+
+    raw = added(raw, _SINCE_2, source) | {"format_version": FORMAT_VERSION}
+    if isinstance(sites := raw.get("sites"), dict):
+        raw["sites"] = {
+            name: added(site, _SITE_SINCE_2, f"{source}: sites: {shorten(name)}")
+            for name, site in sites.items()
+        }
+    return raw
 
 
 def build(cls: type, raw: object, where: str) -> Any:

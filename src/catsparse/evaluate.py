@@ -42,9 +42,11 @@ class Evaluation:
         perplexity, dense_perplexity: of the sparse and the dense forward.
         rise: perplexity over dense perplexity, less 1.
         rise_standard_error: of ``rise``, from paired windows.
-        sparsity: fraction of neurons dropped over all sites.
+        sparsity: fraction of neurons dropped by the gate over all sites.
+        down_sparsity: fraction of W_down's rows not read; more only with a second decision.
         bytes_skipped: fraction of the MLPs' weight bytes decode need not read.
-        sites: fraction of neurons dropped, by site.
+        sites: fraction of neurons dropped by the gate, by site.
+        down_sites: fraction of W_down's rows not read, by site.
     """
 
     tokens: int
@@ -53,8 +55,10 @@ class Evaluation:
     rise: float
     rise_standard_error: float
     sparsity: float
+    down_sparsity: float
     bytes_skipped: float
     sites: dict[str, float]
+    down_sites: dict[str, float]
 
 
 def perplexity(
@@ -115,8 +119,10 @@ def evaluate(
         rise=rise - 1,
         rise_standard_error=rise * _standard_error(sparse.losses - dense.losses),
         sparsity=meter.sparsity,
+        down_sparsity=meter.down_sparsity,
         bytes_skipped=meter.bytes_skipped,
         sites=meter.sites,
+        down_sites=meter.down_sites,
     )
 
 

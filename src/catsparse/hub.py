@@ -75,6 +75,8 @@ def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: 
         tensors[f"{name}.threshold"] = t.threshold.contiguous()
         if t.mean is not None:
             tensors[f"{name}.mean"] = t.mean.contiguous()
+        if t.product is not None:
+            tensors[f"{name}.product_threshold"] = t.product.contiguous()
     target.mkdir(parents=True, exist_ok=True)
     # Everything is written beside the old files before the first of them is replaced.
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
@@ -239,6 +241,11 @@ def read_artifact(
     if "catsparse.sites" not in metadata:
         return config, thresholds, None
     calibration = Calibration.load(tensor_path)
+    if calibration.preview != config.preview:
+        raise CatsparseError(
+            f"the statistics in {CALIBRATION_NAME} are not those of the preview in {CONFIG_NAME}; "
+            "calibrate again"
+        )
     for name, site in config.sites.items():
         _check_statistics(name, site, calibration)
     return config, thresholds, calibration
@@ -269,7 +276,11 @@ def _read_threshold(
             f"the threshold of {name} is {site.threshold} in {CONFIG_NAME} but {float(threshold)} "
             f"in {CALIBRATION_NAME}; save it again"
         )
-    return SiteThreshold(threshold, mean, site.threshold, site.sparsity)
+    product = None
+    if site.product_threshold is not None:
+        product = _read_vector(f"{name}.product_threshold", names, get, [(), (neurons,)])
+    scalars = site.product_threshold, site.down_sparsity
+    return SiteThreshold(threshold, mean, site.threshold, site.sparsity, product, *scalars)
 
 
 def _read_vector(
@@ -340,9 +351,14 @@ def _write_weights(model: Any, folder: Path, **save_pretrained_kwargs: Any) -> N
 
 def _digest(config: SparsityConfig) -> str:
     """Ties the two files together: what of ``catsparse.json`` the tensors belong to."""
-    sites = {name: asdict(site) for name, site in config.sites.items()}
-    text = json.dumps([config.method, config.compensate, sites], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    sites = {
+        name: {k: v for k, v in asdict(site).items() if v is not None}
+        for name, site in config.sites.items()
+    }
+    # What version 1 did not know is left out where it is null: its digests stay right.
+    parts = [config.method, config.compensate, sites]
+    parts += [] if config.preview is None else [config.preview]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _card(config: SparsityConfig, merge: bool) -> str:
@@ -364,7 +380,7 @@ def _card(config: SparsityConfig, merge: bool) -> str:
     return (
         f"# {base}, {config.sparsity:.0%} activation-sparse\n\n"
         f"Made with [catsparse](https://pypi.org/project/catsparse/) {config.catsparse_version}: "
-        f"method {config.method}{', compensated' if config.compensate else ''}, "
+        f"method {config.described}, "
         f"{config.bytes_skipped:.1%} of the MLP's weight bytes skipped in decode.\n\n"
         f"```python\n{code}```\n{note}"
     )

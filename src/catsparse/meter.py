@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import bytes_skipped
 from .errors import CatsparseError
 from .modules import SparseMLP, sparse_modules
 
@@ -17,47 +18,84 @@ class SparsityMeter:
     """Counts of kept neurons by site; read it inside or after :func:`achieved_sparsity`."""
 
     def __init__(self, modules: dict[str, SparseMLP]) -> None:
-        self._counts = {name: _Count(_weight_elements(m)) for name, m in modules.items()}
+        self._counts = {name: _Count(module) for name, module in modules.items()}
 
     @property
     def sites(self) -> dict[str, float]:
-        """Fraction of neurons dropped at each site that saw a token."""
-        return {name: 1 - c.kept_share for name, c in self._counts.items() if c.total}
+        """Fraction of neurons dropped by the gate at each site that saw a token."""
+        return {name: c.sparsity for name, c in self._counts.items() if c.total}
+
+    @property
+    def down_sites(self) -> dict[str, float]:
+        """Fraction of W_down's rows not read, by site: more than :attr:`sites` where there is a
+        second decision."""
+        return {name: c.down_sparsity for name, c in self._counts.items() if c.total}
 
     @property
     def sparsity(self) -> float:
-        """Fraction of neurons dropped over all sites and tokens."""
-        total = sum(c.total for c in self._counts.values())
-        if not total:
-            raise CatsparseError("no token has passed through a sparse MLP yet; run the model")
-        return 1 - sum(float(c.kept) for c in self._counts.values()) / total
+        """Fraction of neurons dropped by the gate over all sites and tokens."""
+        counts = self._seen()
+        return 1 - sum(float(c.kept) for c in counts) / sum(c.total for c in counts)
+
+    @property
+    def down_sparsity(self) -> float:
+        """Fraction of W_down's rows not read over all sites and tokens; without a second decision
+        :attr:`sparsity`."""
+        counts = self._seen()
+        return 1 - sum(float(c.kept_down) for c in counts) / sum(c.total for c in counts)
 
     @property
     def bytes_skipped(self) -> float:
-        """Fraction of the MLPs' weight bytes that one-token decode need not read (2s/3 a site)."""
-        seen = {n: c for n, c in self._counts.items() if c.total}
-        if not seen:
-            raise CatsparseError("no token has passed through a sparse MLP yet; run the model")
-        skipped = sum(2 / 3 * (1 - c.kept_share) * c.weights for c in seen.values())
-        return skipped / sum(c.weights for c in seen.values())
+        """Fraction of the MLPs' weight bytes that one-token decode need not read.
+
+        2s/3 a site; with a second decision or a preview see :func:`catsparse.config.bytes_skipped`.
+        """
+        counts = self._seen()
+        return sum(c.bytes_skipped() * c.weights for c in counts) / sum(c.weights for c in counts)
+
+    def site_bytes_skipped(self, name: str, down: bool = True) -> float:
+        """Fraction of one site's weight bytes; ``down`` False if all of W_down is read."""
+        return self._counts[name].bytes_skipped(down)
 
     def counter(self, name: str) -> Any:
         return self._counts[name]
 
+    def _seen(self) -> list[_Count]:
+        counts = [c for c in self._counts.values() if c.total]
+        if not counts:
+            raise CatsparseError("no token has passed through a sparse MLP yet; run the model")
+        return counts
+
 
 class _Count:
-    def __init__(self, weights: int) -> None:
-        self.weights = weights
+    def __init__(self, module: SparseMLP) -> None:
+        self.module, self.weights = module, _weight_elements(module)
         self.total = 0
-        self.kept: Tensor | int = 0  # stays on the device: reading it is the only sync
+        # These stay on the device: reading them is the only sync.
+        self.kept: Tensor | int = 0
+        self.kept_down: Tensor | int = 0
 
-    def __call__(self, keep: Tensor) -> None:
+    def __call__(self, keep: Tensor, kept: Tensor) -> None:
         self.total += keep.numel()
-        self.kept = self.kept + keep.sum(dtype=torch.int64)
+        number = keep.sum(dtype=torch.int64)
+        self.kept = self.kept + number
+        self.kept_down = self.kept_down + (number if kept is keep else kept.sum(dtype=torch.int64))
 
     @property
-    def kept_share(self) -> float:
-        return float(self.kept) / self.total
+    def sparsity(self) -> float:
+        return 1 - float(self.kept) / self.total
+
+    @property
+    def down_sparsity(self) -> float:
+        return 1 - float(self.kept_down) / self.total
+
+    def bytes_skipped(self, down: bool = True) -> float:
+        module, hidden = self.module, getattr(self.module, self.module.site_gate).in_features
+        down_sparsity = self.down_sparsity if down else 0.0
+        if module.why_not_preview() is not None:  # also where the weight cannot be read
+            return bytes_skipped(self.sparsity, down_sparsity, None, hidden, 1)
+        bits, itemsize = module.catsparse_preview_bits, module.raw_gate().dtype.itemsize
+        return bytes_skipped(self.sparsity, down_sparsity, bits, hidden, itemsize)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import check_choice
+from .products import ProductStatistics, second_decision
 from .statistics import DroppedMass, SiteStatistics, bins_below, threshold_above
 
 
@@ -24,13 +25,20 @@ class SiteThreshold:
         threshold: fp32, 0-d or ``[I]``; a neuron is kept iff |g| > threshold.
         mean: fp32 ``[I]``, E[g u | dropped] of each neuron, or None without compensation.
         scalar: the one number behind the threshold, on the method's score scale.
-        sparsity: fraction of neurons dropped on the calibration tokens.
+        sparsity: fraction of neurons dropped by the gate on the calibration tokens.
+        product: fp32, 0-d or ``[I]``, if there is a second decision: a neuron is kept iff also
+            |g u| > product; ``mean`` is then over the tokens on which it is dropped by either.
+        product_scalar: the one number behind it: P, product = P / norm of the row of W_down.
+        down_sparsity: fraction of W_down's rows not read on the calibration tokens.
     """
 
     threshold: Tensor
     mean: Tensor | None
     scalar: float
     sparsity: float
+    product: Tensor | None = None
+    product_scalar: float | None = None
+    down_sparsity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,19 +48,41 @@ class _Cut:
 
 
 def site_threshold(
-    statistics: SiteStatistics, method: str, sparsity: float, compensate: bool
+    statistics: SiteStatistics,
+    method: str,
+    sparsity: float,
+    compensate: bool,
+    products: ProductStatistics | None = None,
+    down_sparsity: float = 0.0,
 ) -> SiteThreshold:
-    """Thresholds (and means, if ``compensate``) that drop ``sparsity`` of the site's neurons."""
+    """Thresholds (and means, if ``compensate``) that drop ``sparsity`` of the site's neurons.
+
+    With ``products``, which must have been gathered behind these very thresholds, a second decision
+    leaves ``down_sparsity`` of W_down's rows unread.
+    """
     check_choice("method", method, tuple(METHODS))
     mass = DroppedMass(statistics)
     cut = METHODS[method](statistics, mass, sparsity)
-    bins = cut.bins.expand(statistics.neurons)
-    count, total = mass.at(bins)
-    mean = None
-    if compensate:
-        mean = torch.where(count > 0, total / count.clamp(min=1e-9), 0.0).float()
-    dropped = float(count.sum()) / (statistics.tokens * statistics.neurons)
-    return SiteThreshold(threshold_above(cut.bins), mean, cut.scalar, dropped)
+    count, total = mass.at(cut.bins.expand(statistics.neurons))
+    pairs = statistics.tokens * statistics.neurons
+    threshold = threshold_above(cut.bins)
+    if products is None:
+        mean = _mean(count, total) if compensate else None
+        return SiteThreshold(threshold, mean, cut.scalar, float(count.sum()) / pairs)
+    second = second_decision(products, pairs, down_sparsity)
+    return SiteThreshold(
+        threshold,
+        _mean(count + second.count, total + second.total) if compensate else None,
+        cut.scalar,
+        1 - second.kept / pairs,
+        second.threshold,
+        second.scalar,
+        1 - (second.kept - second.dropped) / pairs,
+    )
+
+
+def _mean(count: Tensor, total: Tensor) -> Tensor:
+    return torch.where(count > 0, total / count.clamp(min=1e-9), 0.0).float()
 
 
 def _cats(statistics: SiteStatistics, mass: DroppedMass, sparsity: float) -> _Cut:

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels import (
     ACTIVATIONS,
@@ -22,27 +22,38 @@ from .kernels import (
     Backend,
     Choice,
     choose_backend,
+    dequantize,
     gated_mlp,
     gated_mlp_reference,
+    keep_mask,
+    make_preview,
     masked_hidden,
 )
 from .sites import Site
+from .weights import Children, Key, device_of, may_copy
 
 # Names that make a sparse class: gate, up, kind of activation, its child, down.
 Parts = tuple[str, str | None, str, str | None, str]
 
-_Key = tuple[StorageWeakRef, int, int]
-
-_BUFFERS = ("catsparse_threshold", "catsparse_mean", "catsparse_bias")
+# In none of them may .to(dtype) round a number.
+_BUFFERS = (
+    "catsparse_threshold",
+    "catsparse_mean",
+    "catsparse_bias",
+    "catsparse_product_threshold",
+    "catsparse_preview",
+    "catsparse_preview_scale",
+)
 
 
 class KeepCounter(Protocol):
-    """What a sparsity meter hangs on a module: called with the keep mask ``[..., I]``."""
+    """What a sparsity meter hangs on a module: called with the masks ``[..., I]`` of the neurons
+    that the gate keeps and of those kept in all (without a second decision the same)."""
 
-    def __call__(self, keep: Tensor) -> None: ...
+    def __call__(self, keep: Tensor, kept: Tensor) -> None: ...
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Children):
     """Mixin put before the dense class; see :func:`add_sparsity`.
 
     Few tokens (decode, at most ``MAX_OP_TOKENS``) run ``catsparse::gated_mlp`` on the raw weights,
@@ -54,26 +65,28 @@ class SparseMLP(nn.Module):
     The kernel wants the rows of w_down^T contiguous. A copy of them is made at the first decode and
     costs a third of the layer's memory; without it (``catsparse_down_copy`` False) the kernel reads
     all of w_down. Torch's own matmuls never see the transposed layout.
+
+    With ``catsparse_preview_bits`` a preview of w_gate decides. It is made from w_gate when it is
+    needed first and again when that changed. In training (gradients enabled, or the module in
+    training mode), and where the weights cannot be read, the gate itself decides.
     """
 
-    # Set by sparse_class: the children's names, constant for torch.compile.
-    site_gate: ClassVar[str]
-    site_up: ClassVar[str | None]
-    site_act: ClassVar[str]
-    site_act_child: ClassVar[str | None]
-    site_down: ClassVar[str]
     dense_class: ClassVar[type[nn.Module]]
 
     catsparse_threshold: Tensor
     catsparse_mean: Tensor | None
     catsparse_bias: Tensor | None
+    catsparse_product_threshold: Tensor | None
+    catsparse_preview: Tensor | None
+    catsparse_preview_scale: Tensor | None
+    catsparse_preview_bits: int | None
     catsparse_prefill: str
     catsparse_enabled: bool
     catsparse_counter: KeepCounter | None
     catsparse_backend: Backend
     catsparse_down_copy: bool
     # What follows from the weights and is made anew when they change.
-    _catsparse_key: _Key | None
+    _catsparse_key: Key | None
     _catsparse_choice: Choice | None
     _catsparse_down_t: Tensor | None
 
@@ -92,13 +105,16 @@ class SparseMLP(nn.Module):
     def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
+        preview, scale = self._preview_in_use()
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
             op = partial(gated_mlp, backend=self.catsparse_backend.value)
             if self.catsparse_down_copy and (
-                self._catsparse_down_t is not None or _may_copy(w_down)
+                self._catsparse_down_t is not None or may_copy(w_down)
             ):
                 w_down_t = self.down_transposed()
+            if choice is not None and x.numel() > choice.kernel_tokens * x.shape[-1]:
+                preview = scale = None  # dense matmuls read all of w_gate anyway: let it decide
         return op(
             x,
             w_gate,
@@ -108,6 +124,9 @@ class SparseMLP(nn.Module):
             self.site_act,
             self.catsparse_mean,
             self.catsparse_bias,
+            self.catsparse_product_threshold,
+            preview,
+            scale,
         )
 
     def prepare_decode(self) -> None:
@@ -142,74 +161,73 @@ class SparseMLP(nn.Module):
         else:
             up = getattr(self, self.site_up)(x)
         child = self.site_act_child
-        g = getattr(self, child)(gate) if child else ACTIVATIONS[self.site_act](gate)
+        act = getattr(self, child) if child else ACTIVATIONS[self.site_act]
+        g = act(gate)
+        decides = None if self.catsparse_preview_bits is None else self._preview_gate(x)
+        if decides is not None:
+            decides = act(decides)
+        threshold, product = self.catsparse_threshold, self.catsparse_product_threshold
         if self.catsparse_counter is not None:
-            self.catsparse_counter(g.float().abs() > self.catsparse_threshold)
-        h = masked_hidden(g, up, self.catsparse_threshold, self.catsparse_mean)
+            asked, h = g if decides is None else decides, g * up
+            keep = keep_mask(asked, h, threshold)
+            kept = keep if product is None else keep_mask(asked, h, threshold, product)
+            self.catsparse_counter(keep, kept)
+        h = masked_hidden(g, up, threshold, self.catsparse_mean, product, decides)
         return getattr(self, self.site_down)(h)  # type: ignore[no-any-return]
 
-    def raw_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
-        if self.why_not_raw(dtype) is not None:
+    def _preview_gate(self, x: Tensor) -> Tensor | None:
+        """preview x ``[..., I]``, or None if w_gate itself decides."""
+        if torch.is_grad_enabled() or self.why_not_raw() is not None:
             return None
-        down: Tensor = getattr(self, self.site_down).weight
-        gate: Tensor = getattr(self, self.site_gate).weight
-        if self.site_up is not None:
-            return gate, getattr(self, self.site_up).weight, down
-        half = gate.shape[0] // 2
-        return gate[:half], gate[half:], down
+        self._is_ready()
+        preview, scale = self._preview_in_use()
+        if preview is None or scale is None:
+            return None
+        return F.linear(x, dequantize(preview, scale, x.shape[-1], x.dtype))
 
-    def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
-        """Why the children must be called instead of reading their weights; None if they can be."""
-        act = getattr(self, self.site_act_child) if self.site_act_child else None
-        if act is not None and (act._forward_hooks or act._forward_pre_hooks):
-            return f"{self.site_act_child} is hooked"
-        for name in (self.site_gate, self.site_up, self.site_down):
-            if name is None:
-                continue
-            child = getattr(self, name)
-            if type(child) is not nn.Linear:
-                kind = type(child)  # LoRA's linear is called Linear too: say whose it is
-                return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
-            if type(child.weight) is not nn.Parameter:
-                return f"{name} holds {type(child.weight).__name__}"
-            if child.bias is not None:
-                return f"{name} has a bias"
-            if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
-                return f"{name} is hooked"
-            if child.weight.device.type == "meta":
-                return f"{name} is offloaded"
-            if dtype is not None and child.weight.dtype != dtype:
-                return f"{name} is {child.weight.dtype}, its input {dtype}"
-        return None
+    def _preview_in_use(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.training:
+            return None, None
+        return self.catsparse_preview, self.catsparse_preview_scale
+
+    def why_not_preview(self) -> str | None:
+        """Why w_gate itself decides in inference; None if its preview does."""
+        if self.catsparse_preview_bits is None:
+            return "there is no preview"
+        return "in training mode" if self.training else self.why_not_raw()
 
     def _is_ready(self) -> bool:
         """Whether what follows from the weights is there; makes it again after a merge or a step.
 
         A compiled forward can only look: it masks between the children if the bias is missing.
         """
-        if not torch.compiler.is_compiling():
-            weight: Tensor = getattr(self, self.site_down).weight
-            if self._catsparse_key != _version(weight):
-                self.refresh()
+        if not torch.compiler.is_compiling() and self._catsparse_key != self._key():
+            self.refresh()
         return self.catsparse_mean is None or self.catsparse_bias is not None
+
+    def _key(self) -> Key:
+        return self.weights_key(gate=self.catsparse_preview_bits is not None)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Choose the backend, and compute the compensation's bias, w_down @ mean."""
+        """Choose the backend, compute the compensation's bias, w_down @ mean; make the preview."""
         if self.why_not_raw() is not None:
             self._forget()
             return
         weight: Tensor = getattr(self, self.site_down).weight
-        key = _version(weight)
+        key, old = self._key(), self._catsparse_key
         choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
         bias = None
         if self.catsparse_mean is not None:
             mean = self.catsparse_mean.to(weight.device)
             # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
             bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+        preview, scale = self.catsparse_preview, self.catsparse_preview_scale
+        if self.catsparse_preview_bits is not None and (old is None or old[1] != key[1]):
+            preview, scale = make_preview(self.raw_gate(), self.catsparse_preview_bits)
         # The key last, and nothing None in between: other threads may be decoding.
         self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
+        self.catsparse_preview, self.catsparse_preview_scale = preview, scale
         self._catsparse_key = key
 
     def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
@@ -229,11 +247,15 @@ class SparseMLP(nn.Module):
         self.catsparse_backend, self.catsparse_down_copy = backend, down_copy
         self.refresh()
 
-    def set_threshold(self, threshold: Tensor, mean: Tensor | None) -> None:
-        """Change the thresholds (fp32, 0-d or ``[I]``) and means (fp32 ``[I]``) in place."""
+    def set_threshold(
+        self, threshold: Tensor, mean: Tensor | None, product_threshold: Tensor | None = None
+    ) -> None:
+        """Change the thresholds (fp32, 0-d or ``[I]``; None for no second decision) and means
+        (fp32 ``[I]``) in place."""
         device = self.catsparse_threshold.device
         self.catsparse_threshold = threshold.to(device)
-        self.catsparse_mean = None if mean is None else mean.to(device)
+        self.catsparse_mean = _moved(mean, device)
+        self.catsparse_product_threshold = _moved(product_threshold, device)
         key, down_t = self._catsparse_key, self._catsparse_down_t
         self.refresh()
         if key is not None and key == self._catsparse_key:  # the copy is of these very weights
@@ -249,7 +271,7 @@ class SparseMLP(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == self.site_down:
+        if name in (self.site_down, self.site_gate):
             # A LoRA merge writes through .data, unseen by the version counter, but always swaps
             # the child out and in.
             self._forget()
@@ -263,6 +285,7 @@ class SparseMLP(nn.Module):
         """The weights may change: make what follows from them again before it is used."""
         self._catsparse_key, self.catsparse_bias = None, None
         self._catsparse_choice, self._catsparse_down_t = None, None
+        self.catsparse_preview, self.catsparse_preview_scale = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
         exact = {name: self._buffers.get(name) for name in _BUFFERS}
@@ -283,7 +306,13 @@ class SparseMLP(nn.Module):
 
 
 def add_sparsity(
-    module: nn.Module, site: Site, threshold: Tensor, mean: Tensor | None, prefill: str
+    module: nn.Module,
+    site: Site,
+    threshold: Tensor,
+    mean: Tensor | None,
+    prefill: str,
+    product_threshold: Tensor | None = None,
+    preview: int | None = None,
 ) -> SparseMLP:
     """Make the dense MLP at ``site`` sparse in place, by changing its class.
 
@@ -293,21 +322,31 @@ def add_sparsity(
         threshold: fp32, 0-d or ``[I]``.
         mean: fp32 ``[I]`` compensation, or None.
         prefill: ``masked`` or ``dense``.
+        product_threshold: fp32, 0-d or ``[I]``, of the second decision; None for none.
+        preview: bits of the copy of w_gate that decides, 4 or 8; None for w_gate itself.
     """
-    device = _device(module)
+    device = device_of(module)
     cls = sparse_class(type(module), (site.gate, site.up, site.act, site.act_child, site.down))
     module.__class__ = cls
     assert isinstance(module, SparseMLP)
-    values = (threshold.to(device), None if mean is None else mean.to(device), None)
-    for name, value in zip(_BUFFERS, values, strict=True):
-        module.register_buffer(name, value, persistent=False)
+    for name in _BUFFERS:
+        module.register_buffer(name, None, persistent=False)
+    module.catsparse_threshold = threshold.to(device)
+    module.catsparse_mean = _moved(mean, device)
+    module.catsparse_product_threshold = _moved(product_threshold, device)
+    module.catsparse_preview_bits = preview
     module.catsparse_prefill = prefill
     module.catsparse_enabled = True
     module.catsparse_counter = None
     module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
+    module._catsparse_key = None
     _rebind_hooked_forward(module)
     module.refresh()
     return module
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def remove_sparsity(module: SparseMLP) -> nn.Module:
@@ -353,36 +392,9 @@ def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
     return cls.__new__(cls)
 
 
-def _may_copy(weight: Tensor) -> bool:
-    """Not while a graph is made: a copy would be captured instead of done."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _version(weight: Tensor) -> _Key:
-    """Changes with the weight. The storage is told by a weak reference, as an address serves again
-    once its memory is freed."""
-    version = 0 if weight.is_inference() else weight._version
-    return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), version
-
-
 def _rebind_hooked_forward(module: nn.Module) -> None:
     """Point accelerate's bound forwards at the new class: what it wraps, and what it leaves."""
     for name in ("_old_forward", "forward"):
         bound = module.__dict__.get(name)
         if isinstance(bound, types.MethodType) and bound.__self__ is module:
             module.__dict__[name] = types.MethodType(type(module).forward, module)
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the module computes; for offloaded weights the device their hook runs on."""
-    parameter = next(module.parameters())
-    if parameter.device.type != "meta":
-        return parameter.device
-    for child in module.modules():
-        hook = getattr(child, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return torch.device("cpu")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .calibration import Calibration
-from .config import Provenance, write_atomic
+from .calibration import Calibration, GateDecision
+from .config import (
+    DEFAULT_METHOD,
+    METHODS,
+    Provenance,
+    check_choice,
+    check_preview,
+    check_sparsity,
+    write_atomic,
+)
 from .data import pack_texts
 from .errors import CatsparseError
 from .kernels import ACTIVATIONS
+from .products import ProductStatistics
 from .sites import NearMiss, Site, describe, find_sites
 from .statistics import SiteStatistics
+from .watching import down_norm, make_previews, watch
 
 Batch = dict[str, Tensor]
 Data = Tensor | Iterable[Batch] | Sequence[str]
@@ -47,6 +57,9 @@ def calibrate(
     data_name: str = "in-memory data",
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    preview: int | None = None,
+    products_at: float | None = None,
+    method: str = DEFAULT_METHOD,
 ) -> Calibration:
     """Run ``model`` over calibration tokens and count its gated MLPs' activations.
 
@@ -62,26 +75,50 @@ def calibrate(
         checkpoint: file that keeps partial statistics; an interrupted run with the same data
             goes on from there, and the file is removed at the end.
         progress: show a progress bar on stderr.
+        preview: bits of a copy of each W_gate, 4 or 8, whose activations are counted instead of
+            the gate's: it is then to decide which neurons live.
+        products_at: a sparsity. A second pass over the same data gathers, of the neurons that the
+            gate keeps at this sparsity, what a second decision needs (``down_sparsity`` in
+            :func:`catsparse.sparsify`).
+        method: by which the gate decides in that pass.
 
     Raises:
-        CatsparseError: no gated MLP, no data, or activations that are not finite.
+        CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
+            be read for a preview or products, or data that cannot be read twice for products.
     """
+    check_preview(preview)
+    check_choice("method", method, METHODS)
+    if products_at is not None:
+        check_sparsity(products_at)
+        if isinstance(data, Iterator):
+            raise CatsparseError(
+                "products_at reads the data twice, and an iterator can be read only once; give a "
+                "list of batches or token ids"
+            )
     sites = require_sites(model)
     batches, total, provenance = _as_batches(
         data, tokenizer, tokens, seq_len, batch_size, seed, data_name, _dtype_name(model)
     )
-    run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance)
-    shown = track(
-        batches,
-        "calibrating",
-        total=total,
-        console=Console(stderr=True),
-        transient=True,
-        disable=not progress,
-    )
-    with _hooks(model, sites, run), evaluating(model), torch.no_grad():
+    previews = make_previews(model, sites, preview)
+    run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview)
+
+    def read(label: str) -> None:
+        shown = track(
+            batches,
+            label,
+            total=total,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not progress,
+        )
         for batch in shown:
             run.step(batch)
+
+    with watch(model, sites, previews, run.count), evaluating(model), torch.no_grad():
+        read("calibrating")
+        if products_at is not None:
+            run.begin_products(GateDecision(products_at, method))
+            read("gathering products")
     return run.finish()
 
 
@@ -109,17 +146,28 @@ class _Run:
     """One calibration under way: statistics, the tokens hashed so far, and its checkpoint."""
 
     def __init__(
-        self, model: nn.Module, sites: list[Site], checkpoint: Path | None, provenance: Provenance
+        self,
+        model: nn.Module,
+        sites: list[Site],
+        checkpoint: Path | None,
+        provenance: Provenance,
+        preview: int | None,
     ) -> None:
         self.model, self.checkpoint, self.provenance = model, checkpoint, provenance
         self.sites = {site.name: site for site in sites}
         self.statistics = {
             s.name: SiteStatistics.empty(s.intermediate_size, _site_device(model, s)) for s in sites
         }
+        self.preview = preview
+        # Of the second pass, once it has begun.
+        self.products_at: GateDecision | None = None
+        self.products: dict[str, ProductStatistics] = {}
+        self.thresholds: dict[str, Tensor] = {}
+        self.first_pass = 0  # tokens
         self.rows: Tensor | None = None  # which of the batch's tokens count; None for all
         self.batch_tokens = 0
-        self.seen = 0
-        self.hash = _model_hash(model, sites, provenance.dtype)
+        self.seen = 0  # tokens, over both passes
+        self.hash = _model_hash(model, sites, provenance.dtype, preview)
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1  # the head is not needed
@@ -159,98 +207,103 @@ class _Run:
                 )
             rows = self.rows.to(g.device)
             g, u, h = g[rows], u[rows], h[rows]
-        self.statistics[site.name].update(g, u, h)
+        if self.products_at is None:
+            self.statistics[site.name].update(g, u, h)
+        else:
+            self.products[site.name].update(g, h, self.thresholds[site.name])
+
+    def begin_products(self, decision: GateDecision) -> None:
+        """The second pass starts: all batches come once more."""
+        if self._resume is not None and self._skipping:
+            saved = self._resume[0]
+            if (saved.products_at, saved.provenance.tokens) != (decision, self.seen):
+                raise self._other_run()
+            self._restore(saved)
+        result = self._checked()
+        self.first_pass, self.products_at = self.seen, decision
+        self.hash.update(repr(decision).encode())
+        for name, t in result.thresholds(decision.sparsity, decision.method, False).items():
+            device = self.statistics[name].histogram.device
+            norm = down_norm(self.model, self.sites[name]).to(device)
+            self.products[name] = ProductStatistics.empty(norm)
+            self.thresholds[name] = t.threshold.to(device)
 
     def result(self) -> Calibration:
         """What was counted so far; a site that saw no token (a vision tower's, say) is left out."""
         counted = {name: s.to("cpu") for name, s in self.statistics.items() if s.tokens}
         sites = {name: self.sites[name] for name in counted}
-        return Calibration(sites, counted, replace(self.provenance, tokens=self.seen))
+        provenance = replace(self.provenance, tokens=self.first_pass or self.seen)
+        products = {name: p.to("cpu") for name, p in self.products.items()}
+        return Calibration(sites, counted, provenance, self.preview, self.products_at, products)
 
     def finish(self) -> Calibration:
         if self._skipping:
+            raise self._other_run()
+        result = self._checked()
+        if self.products_at is not None and self.seen != 2 * self.first_pass:
             raise CatsparseError(
-                f"{self.checkpoint} holds a run over more or other data; delete it to start again"
+                f"the data gave {self.first_pass} tokens at first and "
+                f"{self.seen - self.first_pass} when read again; give a list of batches"
             )
+        if self.checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
+        return result
+
+    def _checked(self) -> Calibration:
         result = self.result()
         if not result.provenance.tokens:
             raise CatsparseError("there is no calibration token; give more text")
-        for name, statistics in result.statistics.items():
+        for name, statistics in (*result.statistics.items(), *result.products.items()):
             if not statistics.is_finite:
                 raise CatsparseError(
                     f"the activations of {name} are not finite; load the model in bf16 or fp32"
                 )
         if not result.sites:
             raise CatsparseError("no token reached any gated MLP; check the model's inputs")
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
         return result
+
+    def _other_run(self) -> CatsparseError:
+        return CatsparseError(
+            f"{self.checkpoint} holds a run over more or other data; delete it to start again"
+        )
 
     def save(self) -> None:
         assert self.checkpoint is not None
         result = self.result()
-        metadata = result.metadata() | {"catsparse.hash": self.hash.hexdigest()}
+        metadata = result.metadata()
+        metadata |= {"catsparse.hash": self.hash.hexdigest(), "catsparse.seen": str(self.seen)}
         tensors = result.tensors()
         write_atomic(self.checkpoint, lambda path: save_file(tensors, path, metadata))
         self._saved_at = time.monotonic()
 
-    def _saved_state(self) -> tuple[Calibration, str] | None:
+    def _saved_state(self) -> tuple[Calibration, str, int] | None:
+        """What the checkpoint holds, the hash there, and the tokens seen until then."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return None
         saved = Calibration.load(self.checkpoint)
         with safe_open(self.checkpoint, framework="pt") as file:
-            return saved, (file.metadata() or {}).get("catsparse.hash", "")
+            metadata = file.metadata() or {}
+        seen = metadata.get("catsparse.seen", "")
+        tokens = int(seen) if seen.isdecimal() and len(seen) < 20 else 0
+        return saved, metadata.get("catsparse.hash", ""), tokens
 
     def _skip(self, counted: int) -> None:
         """Pass over a batch that the checkpoint already holds."""
         assert self._resume is not None
-        saved, digest = self._resume
+        saved, digest, tokens = self._resume
         self.seen += counted
-        if self.seen > saved.provenance.tokens:
-            raise CatsparseError(
-                f"{self.checkpoint} holds a run over other data; delete it to start again"
-            )
+        if self.seen > tokens:
+            raise self._other_run()
         if self.hash.hexdigest() == digest:
-            for name, statistics in saved.statistics.items():
-                device = self.statistics[name].histogram.device
-                self.statistics[name] = statistics.to(device)
+            self._restore(saved)
             self._skipping = False
 
-
-@contextmanager
-def _hooks(model: nn.Module, sites: list[Site], run: _Run) -> Iterator[None]:
-    """Watch gate and up outputs and the down projection's input while the model runs."""
-    handles: list[Any] = []
-    try:
-        for site in sites:
-            module = model.get_submodule(site.name)
-            seen: dict[str, Tensor] = {}
-            handles += _watch(module, site, seen, run)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch(module: nn.Module, site: Site, seen: dict[str, Tensor], run: _Run) -> list[Any]:
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(child: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = output
-
-        return hook
-
-    def consume(child: nn.Module, args: tuple[Tensor, ...]) -> None:
-        gate = seen.pop("gate")
-        gate, up = gate.chunk(2, dim=-1) if site.up is None else (gate, seen.pop("up"))
-        run.count(site, gate, up, args[0])
-
-    handles = [
-        module.get_submodule(site.gate).register_forward_hook(keep("gate")),
-        module.get_submodule(site.down).register_forward_pre_hook(consume),
-    ]
-    if site.up is not None:
-        handles.append(module.get_submodule(site.up).register_forward_hook(keep("up")))
-    return handles
+    def _restore(self, saved: Calibration) -> None:
+        for name, statistics in saved.statistics.items():
+            device = self.statistics[name].histogram.device
+            self.statistics[name] = statistics.to(device)
+            if self.products_at is not None:
+                self.products[name] = saved.products[name].to(device)
 
 
 @contextmanager
@@ -293,9 +346,9 @@ def _as_batches(
     return given, count, Provenance(data_name, 0, 0, seed, dtype)
 
 
-def _model_hash(model: nn.Module, sites: list[Site], dtype: str) -> Any:
-    """Tells models apart: their sites, dtype and a little of each site's weights."""
-    digest = hashlib.sha256(repr((sites, dtype)).encode())
+def _model_hash(model: nn.Module, sites: list[Site], dtype: str, preview: int | None) -> Any:
+    """Tells runs apart: sites, dtype, a little of each site's weights, and the preview's bits."""
+    digest = hashlib.sha256(repr((sites, dtype, preview)).encode())
     for site in sites:
         weight: Any = getattr(
             model.get_submodule(site.name).get_submodule(site.gate), "weight", None

@@ -286,8 +286,7 @@ def _new_figure(width: float, height: float) -> Any:
 def _heading(config: SparsityConfig) -> str:
     name = config.base_model.name_or_path if config.base_model else "model"
     short = re.split(r"[\\/]", name.rstrip("/\\"))[-1]
-    compensated = ", compensated" if config.compensate else ""
-    return f"{short}: {config.method}{compensated} at {config.sparsity:.0%}"
+    return f"{short}: {config.described} at {config.sparsity:.0%}"
 
 
 def _bin_edges() -> NDArray[np.float64]:

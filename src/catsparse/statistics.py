@@ -12,23 +12,88 @@ Adding two statistics equals having seen both token streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 BINS = 32768
 BUCKETS = 32
-# Bucket of a bin: exponent and top mantissa bit, from 2^-11; the ends take the rest.
-_FIRST = 2 * (127 - 11)
+
+
+class Layout(NamedTuple):
+    """Bucket of a bin: its bits from ``shift`` up, less ``first``; the ends take the rest."""
+
+    first: int
+    shift: int
+
+
+HALF_OCTAVES = Layout(2 * (127 - 11), 6)  # exponent and top mantissa bit, 2^-11 to 2^5
 _FIRST_NOT_FINITE = 0x7F80
 # Elements handled at once. On a CPU this keeps the int64 temporaries in cache, at 2 MB each; on a
 # GPU it bounds them to 64 MB each and keeps launches few.
 _CHUNK = {"cpu": 2**18, "cuda": 2**23}
 
 
+_Own = TypeVar("_Own", bound="Magnitudes")
+
+
+class Magnitudes:
+    """A histogram of magnitudes and, by neuron and bucket of them, counts and sums of h = g u.
+
+    Base of dataclasses whose fields, numbers and tensors, add up.
+    """
+
+    layout: ClassVar[Layout] = HALF_OCTAVES
+    histogram: Tensor
+    bucket_count: Tensor
+    bucket_sum: Tensor
+
+    def _count(self, bins: Tensor, h: Tensor, counted: Tensor | None = None) -> None:
+        """Tokens by bin of magnitude ``[T, I]``; ``counted`` ``[T, I]`` says which, None all."""
+        self.histogram += _histogram(bins, counted)
+        bucket = bucket_of(bins, self.layout).long()
+        if counted is None:
+            sums, ones = h.float(), _ones_like(bucket)
+        else:
+            sums, ones = torch.where(counted, h.float(), 0.0), counted.int()
+        self.bucket_sum.scatter_add_(0, bucket, sums)
+        self.bucket_count.scatter_add_(0, bucket, ones)
+
+    def __add__(self: _Own, other: _Own) -> _Own:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(getattr(self, n) + getattr(other, n) for n in names))
+
+    def to(self: _Own, device: torch.device | str) -> _Own:
+        values: list[Any] = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
+    @property
+    def is_finite(self) -> bool:
+        """False if a magnitude that was counted is an infinity or a NaN, or a sum of h is."""
+        counted = int(self.histogram[_FIRST_NOT_FINITE:].sum())
+        return counted == 0 and bool(self.bucket_sum.isfinite().all())
+
+    def quantile_bin(self, share: float) -> int:
+        """The bin such that dropping it and all below drops nearest to ``share``; -1 for none.
+
+        Exact: the histogram has one bin for each magnitude there is.
+        """
+        below = self.histogram.cumsum(0)
+        if share == 0:
+            return -1
+        target = share * float(below[-1])
+        upper = int(torch.searchsorted(below.double(), target))
+        # Exact zeros (a ReLU's) cost nothing to drop, so they always are.
+        lowest = 0 if below[0] > 0 else -1
+        candidates = [k for k in (upper - 1, upper) if lowest <= k < BINS]
+        return min(candidates, key=lambda k: abs((float(below[k]) if k >= 0 else 0.0) - target))
+
+
 @dataclass
-class SiteStatistics:
+class SiteStatistics(Magnitudes):
     """Statistics of one site with I neurons.
 
     Attributes:
@@ -65,62 +130,15 @@ class SiteStatistics:
     @torch.no_grad()
     def update(self, g: Tensor, u: Tensor, h: Tensor) -> None:
         """Count tokens; g, u and h = g u are ``[T, I]`` on the statistics' device."""
-        for start in range(
-            0, len(g), rows := max(1, _CHUNK.get(g.device.type, 2**23) // g.shape[1])
-        ):
-            piece = slice(start, start + rows)
+        for piece in pieces(g):
             self._update(g[piece], u[piece], h[piece])
 
     def _update(self, g: Tensor, u: Tensor, h: Tensor) -> None:
         bins = magnitude_bins(g)
         self.tokens += len(g)
-        self.histogram += _histogram(bins)
+        self._count(bins, h)
         self.gate_square += _column_squares(g)
         self.up_square += _column_squares(u)
-        bucket = bucket_of(bins).long()
-        self.bucket_sum.scatter_add_(0, bucket, h.float())
-        self.bucket_count.scatter_add_(0, bucket, _ones_like(bucket))
-
-    def __add__(self, other: SiteStatistics) -> SiteStatistics:
-        return SiteStatistics(
-            self.tokens + other.tokens,
-            self.histogram + other.histogram,
-            self.gate_square + other.gate_square,
-            self.up_square + other.up_square,
-            self.bucket_count + other.bucket_count,
-            self.bucket_sum + other.bucket_sum,
-        )
-
-    def to(self, device: torch.device | str) -> SiteStatistics:
-        return SiteStatistics(
-            self.tokens,
-            self.histogram.to(device),
-            self.gate_square.to(device),
-            self.up_square.to(device),
-            self.bucket_count.to(device),
-            self.bucket_sum.to(device),
-        )
-
-    @property
-    def is_finite(self) -> bool:
-        """False if the gate held an infinity or a NaN, or its product with up did."""
-        counted = int(self.histogram[_FIRST_NOT_FINITE:].sum())
-        return counted == 0 and bool(self.bucket_sum.isfinite().all())
-
-    def quantile_bin(self, sparsity: float) -> int:
-        """The bin such that dropping it and all below drops nearest to ``sparsity``; -1 for none.
-
-        Exact: the histogram has one bin for each magnitude there is.
-        """
-        below = self.histogram.cumsum(0)
-        if sparsity == 0:
-            return -1
-        target = sparsity * float(below[-1])
-        upper = int(torch.searchsorted(below.double(), target))
-        # Exact zeros (a ReLU's) cost nothing to drop, so they always are.
-        lowest = 0 if below[0] > 0 else -1
-        candidates = [k for k in (upper - 1, upper) if lowest <= k < BINS]
-        return min(candidates, key=lambda k: abs((float(below[k]) if k >= 0 else 0.0) - target))
 
     @property
     def up_rms(self) -> Tensor:
@@ -131,17 +149,16 @@ class SiteStatistics:
 class DroppedMass:
     """What lies below given thresholds in one site's statistics; see :meth:`at`."""
 
-    def __init__(self, statistics: SiteStatistics) -> None:
-        fine = statistics.histogram.double()
-        self._shares = (
-            _share_within_bucket(fine),
-            _share_within_bucket(fine * bin_values().double().nan_to_num(0.0, 0.0, 0.0)),
-        )
+    def __init__(self, statistics: Magnitudes) -> None:
+        fine, self._layout = statistics.histogram.double(), statistics.layout
+        by_value = fine * bin_values().double().nan_to_num(0.0, 0.0, 0.0)
+        self._shares = [_share_within_bucket(mass, self._layout) for mass in (fine, by_value)]
         self._per_bucket = (statistics.bucket_count.double(), statistics.bucket_sum.double())
         self._before = tuple(mass.cumsum(0) - mass for mass in self._per_bucket)
 
     def at(self, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """Count and sum of h over the tokens on which neuron i's |g| lies in bins 0 .. ``bins[i]``.
+        """Count and sum of h over the tokens on which neuron i's magnitude, |g|, lies in bins
+        0 .. ``bins[i]``.
 
         Within the one bucket that ``bins[i]`` cuts, neuron i's tokens are taken to be spread over
         magnitudes as the whole layer's are; so the counts add up exactly to the histogram's when
@@ -154,7 +171,7 @@ class DroppedMass:
             count and sum, each ``[I]`` fp64.
         """
         fine = bins.clamp(min=0).long()
-        bucket = bucket_of(fine)[None]
+        bucket = bucket_of(fine, self._layout)[None]
         results = []
         for share, mass, before in zip(self._shares, self._per_bucket, self._before, strict=True):
             inside = mass.gather(0, bucket).squeeze(0) * share[fine]
@@ -172,9 +189,15 @@ def bin_values(device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(BINS, device=device).to(torch.int16).view(torch.bfloat16).float()
 
 
-def bucket_of(bins: Tensor) -> Tensor:
+def bucket_of(bins: Tensor, layout: Layout = HALF_OCTAVES) -> Tensor:
     """Coarse bucket 0 .. BUCKETS - 1 of each bin."""
-    return ((bins >> 6) - _FIRST).clamp(0, BUCKETS - 1)
+    return ((bins >> layout.shift) - layout.first).clamp(0, BUCKETS - 1)
+
+
+def pieces(values: Tensor) -> Iterator[slice]:
+    """Rows of ``values`` ``[T, I]`` to be handled at once."""
+    rows = max(1, _CHUNK.get(values.device.type, 2**23) // values.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(values), rows))
 
 
 def threshold_above(bins: Tensor) -> Tensor:
@@ -191,8 +214,8 @@ def bins_below(thresholds: Tensor) -> Tensor:
     return thresholds.contiguous().view(torch.int32) >> 16
 
 
-def _histogram(bins: Tensor, copies: int | None = None) -> Tensor:
-    """``[BINS]`` int64 counts of ``bins`` ``[T, I]``.
+def _histogram(bins: Tensor, counted: Tensor | None = None, copies: int | None = None) -> Tensor:
+    """``[BINS]`` int64 counts of ``bins`` ``[T, I]``, where ``counted``.
 
     Magnitudes crowd into a few bins. A GPU's threads would queue up there (bincount takes 127 ps an
     element on an H200, everything else of an update 40), so each neuron counts in one of ``copies``
@@ -201,11 +224,13 @@ def _histogram(bins: Tensor, copies: int | None = None) -> Tensor:
     if copies is None:
         copies = 1 if bins.device.type == "cpu" else 64
     if copies == 1:
-        return torch.bincount(bins.view(-1).long(), minlength=BINS)
+        chosen = bins.view(-1) if counted is None else bins[counted]
+        return torch.bincount(chosen.long(), minlength=BINS)
     offsets = torch.arange(bins.shape[1], device=bins.device) % copies * BINS
     index = (bins + offsets).view(-1)
+    ones = _ones_like(index) if counted is None else counted.int().view(-1)
     counts = torch.zeros(copies * BINS, dtype=torch.int32, device=bins.device)
-    return counts.scatter_add_(0, index, _ones_like(index)).view(copies, BINS).sum(0)
+    return counts.scatter_add_(0, index, ones).view(copies, BINS).sum(0)
 
 
 def _column_squares(values: Tensor) -> Tensor:
@@ -221,9 +246,9 @@ def _ones_like(index: Tensor) -> Tensor:
     return torch.ones((), dtype=torch.int32, device=index.device).expand_as(index)
 
 
-def _share_within_bucket(mass: Tensor) -> Tensor:
+def _share_within_bucket(mass: Tensor, layout: Layout) -> Tensor:
     """``[BINS]``: the share of its bucket's mass that lies at or below each bin."""
-    bucket = bucket_of(torch.arange(BINS)).long()
+    bucket = bucket_of(torch.arange(BINS), layout).long()
     totals = torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, bucket, mass)
     before = totals.cumsum(0) - totals
     share = (mass.cumsum(0) - before[bucket]) / totals[bucket]

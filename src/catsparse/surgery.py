@@ -19,6 +19,7 @@ from .config import (
     SiteConfig,
     SparsityConfig,
     check_choice,
+    check_preview,
 )
 from .errors import CatsparseError
 from .kernels import Backend, Choice, choose_backend
@@ -35,6 +36,8 @@ def sparsify(
     method: str = DEFAULT_METHOD,
     compensate: bool = True,
     prefill: str = "masked",
+    down_sparsity: float | None = None,
+    preview: int | None = None,
 ) -> Any:
     """Make ``model`` activation-sparse in place and return it.
 
@@ -46,24 +49,36 @@ def sparsify(
     Args:
         model: the dense model that was calibrated; parameters and names are not touched.
         calibration_or_config: a :class:`Calibration`, or a :class:`SparsityConfig` of method
-            ``cats`` without compensation, whose scalar thresholds are used as they are (the
-            other arguments are then the config's own).
+            ``cats`` without compensation and second decision, whose scalar thresholds are used as
+            they are (the other arguments are then the config's own).
         sparsity: fraction of neurons to drop, 0 <= sparsity < 1; 0 keeps the dense result.
         method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron); see
             :mod:`catsparse.methods`.
         compensate: replace a dropped neuron by its mean over the tokens it is dropped on.
         prefill: ``masked`` (every token is thresholded) or ``dense`` (calls of more than 16
             tokens run dense, so only decode is sparse).
+        down_sparsity: fraction of W_down's rows not to be read, at least ``sparsity``: a second
+            decision, once a kept neuron's product is known. The calibration must have been made
+            with ``products_at`` this sparsity and this method. None for no second decision.
+        preview: bits of the copy of W_gate that decides which neurons live; None for what was
+            calibrated.
 
     Raises:
-        CatsparseError: the model's gated MLPs are not those that were calibrated.
+        CatsparseError: the model's gated MLPs are not those that were calibrated, or the
+            calibration has not what ``down_sparsity`` or ``preview`` needs.
     """
     if isinstance(calibration_or_config, SparsityConfig):
         config = calibration_or_config
         return apply_thresholds(model, config, _scalar_thresholds(config), None)
     calibration = calibration_or_config
     check_choice("prefill", prefill, PREFILL_POLICIES)
-    thresholds = calibration.thresholds(sparsity, method, compensate)
+    check_preview(preview)
+    if preview is not None and preview != calibration.preview:
+        raise CatsparseError(
+            f"the calibration was made with preview={calibration.preview}; calibrate again with "
+            f"preview={preview}"
+        )
+    thresholds = calibration.thresholds(sparsity, method, compensate, down_sparsity)
     sites = {
         name: SiteConfig(
             t.scalar,
@@ -71,6 +86,8 @@ def sparsify(
             calibration.sites[name].act,
             calibration.sites[name].hidden_size,
             calibration.sites[name].intermediate_size,
+            t.product_scalar,
+            t.down_sparsity,
         )
         for name, t in thresholds.items()
     }
@@ -79,7 +96,16 @@ def sparsify(
         method=method,
         compensate=compensate,
         sparsity=sparsity,
-        measured_sparsity=_mean_sparsity(sites),
+        measured_sparsity=_mean([(s.sparsity, s.intermediate_size) for s in sites.values()]),
+        down_sparsity=down_sparsity,
+        measured_down_sparsity=_mean(
+            [
+                (s.down_sparsity, s.intermediate_size)
+                for s in sites.values()
+                if s.down_sparsity is not None
+            ]
+        ),
+        preview=calibration.preview,
         prefill=prefill,
         base_model=base_model_of(model),
         calibration=calibration.provenance,
@@ -186,7 +212,8 @@ def apply_thresholds(
         _check_site(name, wanted, found)
     for name in config.sites:
         t = thresholds[name]
-        add_sparsity(model.get_submodule(name), found[name], t.threshold, t.mean, config.prefill)
+        module, site = model.get_submodule(name), found[name]
+        add_sparsity(module, site, t.threshold, t.mean, config.prefill, t.product, config.preview)
     model.catsparse = SparseState(config, thresholds, calibration)
     return model
 
@@ -213,6 +240,12 @@ def explain(model: nn.Module) -> str:
         kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
         if module.catsparse_mean is not None:
             kind += ", compensated"
+        if (bits := module.catsparse_preview_bits) is not None:
+            reason = module.why_not_preview()
+            kind += f", {bits}-bit gate preview"
+            kind += "" if reason is None else f" (not in use: {reason}; the exact gate decides)"
+        if module.catsparse_product_threshold is not None:
+            kind += ", second decision"
         lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
     sites, misses = find_sites(model)
     sites = [site for site in sites if site.name not in sparse]
@@ -225,11 +258,12 @@ def explain(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class DecodePath:
-    """How a sparse MLP decodes, in words; ``skips`` is the share of a dropped neuron's rows of up
-    and down that are then left unread."""
+    """How a sparse MLP decodes, in words; whether dropped neurons' rows of up (and of gate, if a
+    preview decides) and of down are then left unread."""
 
     words: str
-    skips: float
+    skips_up: bool
+    skips_down: bool
 
 
 def model_paths(model: nn.Module) -> dict[str, DecodePath]:
@@ -256,16 +290,18 @@ def _words(choice: Choice) -> str:
 def _path(module: SparseMLP) -> DecodePath:
     reason = module.why_not_raw()
     if reason is not None:
-        return DecodePath(f"masked children ({reason})", 0.0)
+        return DecodePath(f"masked children ({reason})", False, False)
     choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
     if not choice.kernel_tokens:
-        return DecodePath(_words(choice), 0.0)
-    skipped, share = (
-        ("kept rows of up and down", 1.0)
-        if module.catsparse_down_copy
-        else ("kept rows of up, all of down (no copy)", 0.5)
+        return DecodePath(_words(choice), False, False)
+    rows = "up" if module.why_not_preview() is not None else "gate, up"
+    skips_down = module.catsparse_down_copy
+    read = (
+        f"{rows} and down"
+        if skips_down
+        else f"{rows.replace(', ', ' and ')}, all of down (no copy)"
     )
-    return DecodePath(f"{_words(choice)}, reading {skipped}", share)
+    return DecodePath(f"{_words(choice)}, reading kept rows of {read}", True, skips_down)
 
 
 def base_model_of(model: Any) -> BaseModel | None:
@@ -294,10 +330,10 @@ def _check_site(name: str, wanted: SiteConfig, found: dict[str, Site]) -> None:
 
 
 def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
-    if config.method != "cats" or config.compensate:
+    if config.method != "cats" or config.compensate or config.down_sparsity is not None:
         raise CatsparseError(
-            "a config alone is enough only for method 'cats' without compensation; "
-            "give the calibration, or load the directory with catsparse.load"
+            "a config alone is enough only for method 'cats' without compensation and second "
+            "decision; give the calibration, or load the directory with catsparse.load"
         )
     return {
         name: SiteThreshold(torch.tensor(s.threshold), None, s.threshold, s.sparsity)
@@ -305,9 +341,10 @@ def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
     }
 
 
-def _mean_sparsity(sites: dict[str, SiteConfig]) -> float:
-    neurons = sum(site.intermediate_size for site in sites.values())
-    return sum(site.sparsity * site.intermediate_size for site in sites.values()) / neurons
+def _mean(weighted: list[tuple[float, int]]) -> float | None:
+    """Of (share, neurons) by site; None if there are none."""
+    neurons = sum(size for _, size in weighted)
+    return sum(share * size for share, size in weighted) / neurons if neurons else None
 
 
 def _state_owner(model: Any) -> Any:

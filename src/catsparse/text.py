@@ -184,7 +184,11 @@ def measure(model: Any, ids: Tensor) -> Dropped:
         for name, module in sparse_modules(model).items()
         if name in sites
     }
-    skipped = sum(2 / 3 * sites[name] * paths[name].skips * size for name, size in sizes.items())
+    skipped = sum(
+        meter.site_bytes_skipped(name, paths[name].skips_down) * size
+        for name, size in sizes.items()
+        if paths[name].skips_up
+    )
     shares = sites.values()
     return Dropped(meter.sparsity, min(shares), max(shares), skipped / sum(sizes.values()))
 

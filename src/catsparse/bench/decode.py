@@ -184,7 +184,7 @@ class _Union:
         self.batch, self.total = batch, 0
         self.kept: Tensor | int = 0
 
-    def __call__(self, keep: Tensor) -> None:
+    def __call__(self, keep: Tensor, kept: Tensor) -> None:
         rows = keep.reshape(-1, keep.shape[-1])
         if rows.shape[0] == self.batch:  # else it is the prompt's
             self.kept = self.kept + rows.any(0).sum(dtype=torch.int64)

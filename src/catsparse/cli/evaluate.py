@@ -67,6 +67,7 @@ def evaluate(
         "tokens": e.tokens,
         "method": config.method,
         "compensate": config.compensate,
+        "preview": config.preview,
         "perplexity": e.perplexity.value,
         "perplexity_se": e.perplexity.standard_error,
         "dense_perplexity": e.dense_perplexity.value,
@@ -74,25 +75,34 @@ def evaluate(
         "rise": e.rise,
         "rise_se": e.rise_standard_error,
         "sparsity": e.sparsity,
+        "down_sparsity": e.down_sparsity,
         "bytes_skipped": e.bytes_skipped,
         "sites": e.sites,
+        "down_sites": e.down_sites,
     }
     if json:
         print_json(result)
         return
-    table = Table("", "perplexity", "rise", "neurons dropped", "MLP bytes skipped")
+    second = config.down_sparsity is not None
+    columns = ["neurons dropped", *["down rows unread"] * second, "MLP bytes skipped"]
+    table = Table("", "perplexity", "rise", *columns)
     d, s = e.dense_perplexity, e.perplexity
-    table.add_row("dense", f"{d.value:.3f} ± {d.standard_error:.3f}", "", "", "")
+    table.add_row("dense", f"{d.value:.3f} ± {d.standard_error:.3f}", "", *[""] * len(columns))
     table.add_row(
         "sparse",
         f"{s.value:.3f} ± {s.standard_error:.3f}",
         f"{e.rise:+.1%} ± {e.rise_standard_error:.1%}",
         f"{e.sparsity:.1%}",
+        *[f"{e.down_sparsity:.1%}"] * second,
         f"{e.bytes_skipped:.1%}",
     )
     out.print(table)
-    sites = Table("gated MLP", "asked", "achieved")
+    sites = Table("gated MLP", "asked", "achieved", *["down asked", "achieved"] * second)
     for name, value in e.sites.items():
-        sites.add_row(name, f"{config.sites[name].sparsity:.1%}", f"{value:.1%}")
+        site = config.sites[name]
+        cells = [f"{site.sparsity:.1%}", f"{value:.1%}"]
+        cells += [f"{site.down_sparsity:.1%}", f"{e.down_sites[name]:.1%}"] if second else []
+        sites.add_row(name, *cells)
     out.print(sites)
-    out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded")
+    by_preview = f"; a {config.preview}-bit preview of the gate decides" if config.preview else ""
+    out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded{by_preview}")

@@ -32,12 +32,15 @@ def info(model: Model = "default", json: Json = False) -> None:
     base, origin = config.base_model, config.calibration
     out.print(
         f"{model}: {base.name_or_path if base else 'unnamed'} "
-        f"({base.model_type if base else '?'}), method {config.method}"
-        f"{', compensated' if config.compensate else ''}, prefill {config.prefill}"
+        f"({base.model_type if base else '?'}), method {config.described}, "
+        f"prefill {config.prefill}"
     )
+    unread = config.measured_down_sparsity
+    down = "" if unread is None else f", {unread:.1%} of down rows unread"
     out.print(
-        f"asked {config.sparsity:.1%}, {config.measured_sparsity or 0:.1%} of neurons dropped on "
-        f"the calibration tokens, {config.bytes_skipped:.1%} of the MLPs' weight bytes skipped"
+        f"asked {config.sparsity:.1%}, {config.measured_sparsity or 0:.1%} of neurons dropped"
+        f"{down} on the calibration tokens, {config.bytes_skipped:.1%} of the MLPs' weight bytes "
+        "skipped"
     )
     if origin:
         out.print(
@@ -45,8 +48,10 @@ def info(model: Model = "default", json: Json = False) -> None:
             f"{origin.seq_len}, {origin.dtype}, seed {origin.seed}"
             + ("" if calibration else " (statistics not kept)")
         )
-    table = Table("gated MLP", "act", "H", "I", "threshold", "dropped")
+    second = () if unread is None else ("product threshold", "down rows unread")
+    table = Table("gated MLP", "act", "H", "I", "threshold", "dropped", *second)
     for name, site in config.sites.items():
+        cells = (f"{site.product_threshold:.4g}", f"{site.down_sparsity:.1%}") if second else ()
         table.add_row(
             name,
             site.act,
@@ -54,6 +59,7 @@ def info(model: Model = "default", json: Json = False) -> None:
             str(site.intermediate_size),
             f"{site.threshold:.4g}",
             f"{site.sparsity:.1%}",
+            *cells,
         )
     out.print(table)
     for dtype, path in paths.items():

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from ..config import DEFAULT_METHOD, METHODS, PREFILL_POLICIES, check_choice, check_sparsity
+from ..config import (
+    DEFAULT_METHOD,
+    METHODS,
+    PREFILL_POLICIES,
+    check_choice,
+    check_down_sparsity,
+    check_preview,
+    check_sparsity,
+)
 from ..errors import CatsparseError
 from .common import (
     BatchSize,
@@ -39,6 +47,17 @@ def sparsify(
     compensate: Annotated[
         bool, typer.Option(help="Replace dropped neurons by their means (free at run time).")
     ] = True,
+    preview: Annotated[
+        int | None,
+        typer.Option(help="Bits of a copy of the gate that decides, 4 or 8; else the gate itself."),
+    ] = None,
+    down_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the down projection's rows not to read, at least the sparsity: a "
+            "second decision."
+        ),
+    ] = None,
     prefill: Annotated[
         str, typer.Option(help=f"{' or '.join(PREFILL_POLICIES)} treatment of the prompt.")
     ] = "masked",
@@ -60,8 +79,11 @@ def sparsify(
     check_sparsity(sparsity)
     check_choice("method", method, METHODS)
     check_choice("prefill", prefill, PREFILL_POLICIES)
+    check_preview(preview)
+    if down_sparsity is not None:
+        check_down_sparsity(down_sparsity, sparsity)
     from .. import hub
-    from ..calibration import Calibration
+    from ..calibration import Calibration, GateDecision
     from ..observation import calibrate
     from ..sites import describe, find_sites
     from ..surgery import densify, state_of
@@ -78,6 +100,17 @@ def sparsify(
         calibration = state_of(sparse).calibration
         if calibration is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
+        wanted = GateDecision(sparsity, method)
+        if preview not in (None, calibration.preview):
+            lacks = f"for a {preview}-bit preview"
+        elif down_sparsity is not None and calibration.products_at != wanted:
+            lacks = f"for a second decision behind {method} at {sparsity:.1%}"
+        else:
+            lacks = ""
+        if lacks:
+            raise CatsparseError(
+                f"{model} was not calibrated {lacks}; name the dense model to calibrate again"
+            )
         dense = densify(sparse)
     else:
         dense, tokenizer = load_dense(model, device, dtype)
@@ -93,12 +126,17 @@ def sparsify(
                 seed=seed,
                 data_name=data_name,
                 checkpoint=output / ".calibration.partial.safetensors",
+                preview=preview,
+                products_at=None if down_sparsity is None else sparsity,
+                method=method,
             )
         except KeyboardInterrupt:
             err.print("interrupted; the same command goes on from the last saved part")
             raise typer.Exit(130) from None
     left_dense = describe(find_sites(dense)[1])
-    sparse = sparsify_model(dense, calibration, sparsity, method, compensate, prefill)
+    sparse = sparsify_model(
+        dense, calibration, sparsity, method, compensate, prefill, down_sparsity
+    )
     hub.save(sparse, output, merge=merge)
     if merge:
         tokenizer.save_pretrained(output)
@@ -107,7 +145,9 @@ def sparsify(
         "output": str(output),
         "method": method,
         "compensate": compensate,
+        "preview": config.preview,
         "sparsity": config.measured_sparsity,
+        "down_sparsity": config.measured_down_sparsity,
         "bytes_skipped": config.bytes_skipped,
         "sites": {name: site.sparsity for name, site in config.sites.items()},
         "calibration_tokens": calibration.provenance.tokens,
@@ -119,9 +159,12 @@ def sparsify(
         return
     if left_dense:
         err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
+    by_preview = f" by a {config.preview}-bit preview" if config.preview else ""
+    unread = config.measured_down_sparsity
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
-        f"dropped, {config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
+        f"dropped{by_preview}, {'' if unread is None else f'{unread:.1%} of down rows unread, '}"
+        f"{config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
     )
     out.print(f"next: catsparse evaluate {output}")

@@ -3,7 +3,7 @@
 Nothing is compiled when the package is installed. The cache is ``$CATSPARSE_CACHE``, else
 ``$XDG_CACHE_HOME/catsparse``, else ``~/.cache/catsparse``; where none can be written to, the
 library lives in a private temporary folder until the process ends. The name of the file holds a
-hash of source, compiler, options and processor, so a cache shared between machines is safe.
+hash of sources, compiler, options and processor, so a cache shared between machines is safe.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ log = logging.getLogger("catsparse")
 # on every machine that rounds alike.
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 _TIMEOUT = 120.0
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _SECTION_HEADERS = ((40, 48), (58, 60), (60, 62))  # e_shoff, e_shentsize, e_shnum of an ELF header
 
 
@@ -109,9 +111,19 @@ def cache_folders() -> Iterator[Path]:
     yield Path(private)
 
 
+def with_headers(source: Path) -> list[Path]:
+    """A C file and the files that it includes in quotes, and those that they include."""
+    found = [source]
+    for path in found:  # grows on the way
+        named = (path.with_name(name) for name in _INCLUDE.findall(path.read_text()))
+        found += [header for header in dict.fromkeys(named) if header not in found]
+    return found
+
+
 def _key(source: Path, compiler: list[str]) -> str:
     version = _run([*compiler, "--version"])
-    parts = (source.read_text(), shlex.join(compiler), version, *FLAGS, *target_flags(), _cpu())
+    texts = (path.read_text() for path in with_headers(source))
+    parts = (*texts, shlex.join(compiler), version, *FLAGS, *target_flags(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

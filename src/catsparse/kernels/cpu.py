@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arguments import Call, belong_together
 from .build import Library, load_library
+from .preview import preview_bits
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -22,11 +23,13 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down")),
-        *((name, ctypes.c_void_p) for name in ("threshold", "mean", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("threshold", "mean", "bias", "product_threshold")),
+        *((name, ctypes.c_void_p) for name in ("preview", "preview_scale", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "columns")),
         *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "down_stride")),
-        ("threshold_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("threshold_stride", "product_stride")),
         *((name, ctypes.c_int32) for name in ("dtype", "act", "threads", "down_transposed")),
+        ("preview_bits", ctypes.c_int32),
     ]
 
 
@@ -39,13 +42,14 @@ def gated_mlp_cpu(call: Call) -> Tensor:
     """:func:`catsparse.kernels.gated_mlp` for CPU tensors, skipping what is dropped.
 
     ``w_down_t`` with contiguous rows is read row by row, kept neurons only; a transposed view of
-    ``w_down`` is read whole. Anything the kernel does not take goes to the torch reference.
+    ``w_down`` is read whole. With a preview only kept rows of ``w_gate`` are read too. Anything the
+    kernel does not take goes to the torch reference.
     """
     library = cpu_library().handle
     if library is None or not _fits(call):
         return gated_mlp_reference(*call)
     call = call.made_contiguous()
-    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
+    x, w_gate, w_up, w_down_t, threshold, *_ = call
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     transposed = _row_stride(w_down_t) is not None
     down_stride = _row_stride(w_down_t if transposed else w_down_t.t())
@@ -56,8 +60,11 @@ def gated_mlp_cpu(call: Call) -> Tensor:
         w_up.data_ptr(),
         w_down_t.data_ptr(),
         threshold.data_ptr(),
-        None if mean is None else mean.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _pointer(call.mean),
+        _pointer(call.bias),
+        _pointer(call.product_threshold),
+        _pointer(call.preview),
+        _pointer(call.preview_scale),
         y.data_ptr(),
         rows.shape[0],
         rows.shape[1],
@@ -67,10 +74,12 @@ def gated_mlp_cpu(call: Call) -> Tensor:
         _row_stride(w_up),
         down_stride,
         threshold.dim(),
+        0 if call.product_threshold is None else call.product_threshold.dim(),
         DTYPES.index(x.dtype),
-        _ACTIVATION_NUMBERS[act],
+        _ACTIVATION_NUMBERS[call.act],
         torch.get_num_threads(),
         transposed,
+        0 if call.preview is None else preview_bits(call.preview, rows.shape[1]),
     )
     if library.catsparse_gated_mlp(ctypes.byref(problem)):
         raise MemoryError(f"no memory for the work space of {w_gate.shape[0]} neurons")
@@ -82,14 +91,16 @@ def _fits(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     return (
         belong_together(call)
-        and call.product_threshold is None
-        and call.preview is None
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and x.numel() <= MAX_OP_TOKENS * x.shape[-1]
         and all(_row_stride(w) is not None for w in (w_gate, w_up))
         and (_row_stride(w_down_t) or _row_stride(w_down_t.t())) is not None
     )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _row_stride(weight: Tensor) -> int | None:

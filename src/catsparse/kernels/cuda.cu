@@ -1,5 +1,8 @@
 /* catsparse::gated_mlp on NVIDIA GPUs from Hopper on, for one to four tokens:
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
+ * With a gate preview, its rows take the place of w_gate's in the decision, and w_gate's rows of
+ * kept neurons are read after it. With a second decision, a neuron whose |g u| is at most its
+ * product threshold is dropped, too, before its row of w_down_t is asked for.
  *
  * A block owns a slice of the neurons. One thread of it, the producer, asks the bulk copy engine
  * for rows: the gate rows, then the up rows of kept neurons, then their rows of w_down_t. They come
@@ -13,9 +16,10 @@
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
  * results before they read or write anything; weights excepted, where the caller says `early`.
  *
- * Stands behind numbers.cuh and stream.cuh, and needs these constants more:
+ * Stands behind numbers.cuh, stream.cuh and preview.cuh, and needs these constants more:
  *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
- *   CHUNKS   chunks of the decision
+ *   CHUNKS   chunks of a decision
+ *   SECOND   whether there is a second one
  */
 
 #define TOKEN_BIT 24      /* of a list entry: below it the neuron, from it one bit a token */
@@ -24,13 +28,26 @@
 /* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
 struct Problem {
     const weight_t *x, *w_gate, *w_up, *w_down_t;
-    const float *threshold, *mean;
+    const float *threshold, *product_threshold, *mean;
     float *partial; /* [blocks, tokens, columns] */
     long long gate_stride, up_stride, down_stride;
     Norm norm; /* of x */
-    int tokens, hidden, neurons, columns, threshold_stride, capacity, pitch, stages;
+    int tokens, hidden, neurons, columns, threshold_stride, product_stride;
+    int capacity, pitch, stage, stages; /* pitch and stage in bytes */
     int early; /* whether rows may be read before the previous kernel has ended */
+#if PREVIEW
+    Preview preview;
+#endif
 };
+
+#if PREVIEW
+#define STEP TILE
+#else
+#define STEP ROWS
+#endif
+
+/* Where a chunk of n rows begins and how long it is: whole stages of STEP rows. */
+DEVICE int chunk_of(int n, int step) { return ((n + CHUNKS - 1) / CHUNKS + step - 1) / step * step; }
 
 DEVICE float activate(float z) {
 #if ACT == 0
@@ -49,22 +66,28 @@ DEVICE float activate(float z) {
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     gated_mlp(const __grid_constant__ Problem p) {
     extern __shared__ __align__(128) char memory[];
-    __shared__ u64 full[MAX_STAGES], empty[MAX_STAGES], listed[CHUNKS];
-    __shared__ int upto[CHUNKS], warp_counts[CHUNKS][WARPS];
-    float *dots = (float *)(memory + p.stages * ROWS * p.pitch); /* [capacity, TOKENS, PITCH] */
+    __shared__ u64 full[MAX_STAGES], empty[MAX_STAGES], listed[1 + SECOND][CHUNKS];
+    __shared__ int upto[1 + SECOND][CHUNKS], warp_counts[1 + SECOND][CHUNKS][WARPS];
+    char *after_stages = memory + p.stages * p.stage;
+#if PREVIEW
+    int x_stride = p.preview.groups * GROUP;
+    weight_t *x_row = (weight_t *)after_stages; /* [TOKENS, x_stride] */
+    after_stages += TOKENS * x_stride * SIZE;
+#endif
+    float *dots = (float *)after_stages;                /* [capacity, TOKENS, PITCH] */
     float *hidden = dots + p.capacity * TOKENS * PITCH; /* [capacity, TOKENS]: g of kept, then h */
     int *list = (int *)(hidden + p.capacity * TOKENS);  /* [capacity]: kept neurons, their tokens */
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int first = (int)((long long)p.neurons * blockIdx.x / gridDim.x);
     int count = (int)((long long)p.neurons * (blockIdx.x + 1) / gridDim.x) - first;
-    int chunk = ((count + CHUNKS - 1) / CHUNKS + ROWS - 1) / ROWS * ROWS;
-    Ring ring{memory, full, empty, p.stages, p.pitch};
+    int chunk = chunk_of(count, STEP);
+    Ring ring{memory, full, empty, p.stages, p.stage, p.pitch};
     launch_dependents();
     if (tid == 0) {
         for (int s = 0; s < p.stages; s++)
             barrier_init(full + s, 1), barrier_init(empty + s, WARPS);
-        for (int c = 0; c < CHUNKS; c++) barrier_init(listed + c, THREADS);
+        for (int c = 0; c < CHUNKS * (1 + SECOND); c++) barrier_init(listed[0] + c, THREADS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -75,21 +98,41 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         u64 policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         u32 bytes = p.hidden * SIZE, down_bytes = p.columns * SIZE;
-        for (int k = 0; k < count; k += ROWS)
-            ring.fill(min(ROWS, count - k), bytes, policy,
-                      [&](int i) { return p.w_gate + (first + k + i) * p.gate_stride; });
-        int up = 0, kept = 0;
-        for (int c = 0; c < CHUNKS; c++) {
-            barrier_wait(listed + c, 0);
-            kept = upto[c];
-            /* A stage that the next chunk's neurons will fill up waits for them. */
-            for (; c + 1 < CHUNKS ? up + ROWS <= kept : up < kept; up += ROWS)
-                ring.fill(min(ROWS, kept - up), bytes, policy,
-                          [&](int i) { return p.w_up + (list[up + i] & NEURON) * p.up_stride; });
-        }
+        int kept = 0;
+        /* Listed rows of w, as the chunks of a decision come. */
+        auto fill_chunks = [&](int decision, const weight_t *w, long long stride, u32 row_bytes) {
+            int k = 0;
+            for (int c = 0; c < CHUNKS; c++) {
+                barrier_wait(listed[decision] + c, 0);
+                kept = upto[decision][c];
+                /* A stage that the next chunk's neurons will fill up waits for them. */
+                for (; c + 1 < CHUNKS ? k + ROWS <= kept : k < kept; k += ROWS)
+                    ring.fill(min(ROWS, kept - k), row_bytes, policy,
+                              [&](int i) { return w + (list[k + i] & NEURON) * stride; });
+            }
+        };
+#if PREVIEW
+        for (int k = 0; k < (count + TILE - 1) / TILE * TILE; k += STAGE_ROWS)
+            p.preview.fill(ring, first + k, max(0, min(STAGE_ROWS, count - k)), policy);
+        fill_chunks(0, p.w_gate, p.gate_stride, bytes);
         for (int k = 0; k < kept; k += ROWS)
-            ring.fill(min(ROWS, kept - k), down_bytes, policy,
-                      [&](int i) { return p.w_down_t + (list[k + i] & NEURON) * p.down_stride; });
+            ring.fill(min(ROWS, kept - k), bytes, policy,
+                      [&](int i) { return p.w_up + (list[k + i] & NEURON) * p.up_stride; });
+#else
+        for (int k = 0; k < count; k += ROWS)
+            ring.fill_run(min(ROWS, count - k), bytes, policy,
+                          p.w_gate + (first + k) * p.gate_stride, p.gate_stride);
+        fill_chunks(0, p.w_up, p.up_stride, bytes);
+#endif
+        /* Once decided on anew, the list holds the first chunks' neurons alone: every row of up
+         * has been asked for by then. */
+        if (SECOND)
+            fill_chunks(1, p.w_down_t, p.down_stride, down_bytes);
+        else
+            for (int k = 0; k < kept; k += ROWS)
+                ring.fill(min(ROWS, kept - k), down_bytes, policy, [&](int i) {
+                    return p.w_down_t + (list[k + i] & NEURON) * p.down_stride;
+                });
         return;
     }
 
@@ -104,12 +147,45 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
     float xs[TOKENS][COLUMNS * VEC];
     load_x(p.x, p.tokens, p.hidden, p.norm, xs);
+#if PREVIEW
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS * VEC; i++) {
+            int at = (tid + i / VEC * THREADS) * VEC + i % VEC;
+            if (at < p.hidden) x_row[t * x_stride + at] = round_to_weight(xs[t][i]);
+        }
+        for (int at = p.hidden + tid; at < x_stride; at += THREADS) x_row[t * x_stride + at] = 0;
+    }
+    consumers_sync();
+    Fragments fragments;
+    fragments.load(x_row, x_stride, p.preview.groups);
+#endif
+
+    /* Of this thread's entry: its place in the list, after those of the chunk's threads before. */
+    auto place_of = [&](int decision, int c, bool live, int &kept) {
+        u32 any = __ballot_sync(ALL, live);
+        int *counts = warp_counts[decision][c];
+        if (lane == 0) counts[warp] = __popc(any);
+        consumers_sync();
+        int place = kept + __popc(any & ((1u << lane) - 1));
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) place += counts[w];
+            kept += counts[w];
+        }
+        return place;
+    };
 
     int kept = 0;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         int from = min(count, c * chunk), to = min(count, from + chunk);
+#if PREVIEW
+        for (int k = from; k < to; k += TILE) p.preview.dot_tile(ring, fragments, k, to, dots);
+#else
         dot_rows(ring, from, to, p.hidden, xs, dots);
+#endif
         consumers_sync();
         /* Decide, a thread a neuron, and list the kept ones in order. */
         int k = from + tid, entry = first + k;
@@ -122,25 +198,67 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             entry |= keep << (TOKEN_BIT + t);
             if (!keep) g[t] = 0.0f;
         }
-        u32 any = __ballot_sync(ALL, entry > NEURON);
-        if (lane == 0) warp_counts[c][warp] = __popc(any);
-        consumers_sync();
-        int place = kept + __popc(any & ((1u << lane) - 1));
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            int n = warp_counts[c][w];
-            if (w < warp) place += n;
-            kept += n;
-        }
+        int place = place_of(0, c, entry > NEURON, kept);
         if (entry > NEURON) {
             list[place] = entry;
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = g[t];
         }
-        if (tid == 0) upto[c] = kept;
-        barrier_arrive(listed + c);
+        if (tid == 0) upto[0][c] = kept;
+        barrier_arrive(listed[0] + c);
     }
-    /* The dots of up go where the gate's were: all have read those before the last barrier. */
+    /* New dots go where the last ones were: all have read those before the last barrier. */
+#if PREVIEW
+    /* Read again rather than kept: registers are scarce while the preview streams. */
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (tid + c * THREADS) * VEC;
+            uint4 piece = {0, 0, 0, 0};
+            if (at < p.hidden) piece = *(const uint4 *)(x_row + t * x_stride + at);
+            float v[VEC];
+            unpack(piece, v);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) xs[t][c * VEC + e] = v[e];
+        }
+    dot_rows(ring, 0, kept, p.hidden, xs, dots);
+    consumers_sync();
+    for (int i = tid; i < kept * TOKENS; i += THREADS) {
+        bool keep = list[i / TOKENS] >> (TOKEN_BIT + i % TOKENS) & 1;
+        hidden[i] = keep ? activate(dot_of(dots, i / TOKENS, i % TOKENS)) : 0.0f;
+    }
+    consumers_sync();
+#endif
+#if SECOND
+    int found = kept;
+    chunk = chunk_of(found, ROWS);
+    kept = 0;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        int from = min(found, c * chunk), to = min(found, from + chunk), k = from + tid;
+        dot_rows(ring, from, to, p.hidden, xs, dots);
+        consumers_sync();
+        int entry = k < to ? list[k] : 0, neuron = entry & NEURON, now = neuron;
+        float limit = k < to ? p.product_threshold[neuron * (long long)p.product_stride] : 0.0f;
+        float h[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            h[t] = k < to ? hidden[k * TOKENS + t] * dot_of(dots, k, t) : 0.0f;
+            bool keep = entry >> (TOKEN_BIT + t) & 1 && fabsf(h[t]) > limit;
+            now |= keep << (TOKEN_BIT + t);
+            h[t] = !keep ? 0.0f : p.mean ? h[t] - p.mean[neuron] : h[t];
+        }
+        int place = place_of(1, c, now > NEURON, kept);
+        if (now > NEURON) {
+            list[place] = now;
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = h[t];
+        }
+        if (tid == 0) upto[1][c] = kept;
+        barrier_arrive(listed[1] + c);
+    }
+#else
     dot_rows(ring, 0, kept, p.hidden, xs, dots);
     consumers_sync();
     for (int i = tid; i < kept * TOKENS; i += THREADS) {
@@ -149,6 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         if (p.mean && entry >> (TOKEN_BIT + t) & 1) h -= p.mean[entry & NEURON];
         hidden[i] = h;
     }
+#endif
     consumers_sync();
 
     float out[TOKENS][COLUMNS * VEC] = {};

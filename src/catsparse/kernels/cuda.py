@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .arguments import Call, belong_together
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
-from .reference import ACTIVATIONS, gated_mlp_reference
+from .preview import GROUP, dequantize, groups_of, preview_bits
+from .reference import ACTIVATIONS, gated_mlp_reference, keep_mask
 from .stream import (
     DTYPES,
     MOST_PIECES,
@@ -40,6 +41,7 @@ from .stream import (
     template,
     whole_pieces,
 )
+from .tiles import PREVIEW, TILE, PreviewArgument, Tiles, find_tiles
 from .triton import MAX_TOKENS as TRITON_TOKENS
 from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
@@ -59,13 +61,20 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down_t")),
-        *((name, ctypes.c_void_p) for name in ("threshold", "mean", "partial")),
+        *((name, ctypes.c_void_p) for name in ("threshold", "product_threshold", "mean")),
+        ("partial", ctypes.c_void_p),
         *((name, ctypes.c_longlong) for name in ("gate_stride", "up_stride", "down_stride")),
         ("norm", NormArgument),
         *((name, ctypes.c_int) for name in ("tokens", "hidden", "neurons", "columns")),
-        *((name, ctypes.c_int) for name in ("threshold_stride", "capacity", "pitch", "stages")),
-        ("early", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("threshold_stride", "product_stride")),
+        *((name, ctypes.c_int) for name in ("capacity", "pitch", "stage", "stages", "early")),
     ]
+
+
+class _PreviewProblem(ctypes.Structure):
+    """``Problem`` of cuda.cu with a gate preview."""
+
+    _fields_ = [("plain", _Problem), ("preview", PreviewArgument)]
 
 
 class _Sum(ctypes.Structure):
@@ -86,7 +95,9 @@ class _Built:
     blocks: int
     capacity: int
     pitch: int
+    stage: int
     stages: int
+    tiles: Tiles | None
 
 
 def why_not_cuda(device: torch.device) -> str | None:
@@ -103,22 +114,33 @@ def why_not_cuda(device: torch.device) -> str | None:
 def _why_not_compiled(target: str) -> str | None:
     """Whether this NVRTC knows the GPU at all: found out here, not in the middle of a call."""
     try:
-        _compile(_defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True), target)
+        _compile(_defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True, False), target)
     except RuntimeError as error:
         return f"cuda.cu does not compile for {target}: {str(error).splitlines()[0]}"
     return None
 
 
 def _compile(constants: tuple[tuple[str, str], ...], target: str) -> bytes:
-    return compile_source((NUMBERS, STREAM, SOURCE), constants, target)
+    return compile_source((NUMBERS, STREAM, PREVIEW, SOURCE), constants, target)
 
 
 def _defines(
-    dtype: torch.dtype, act: str, tokens: int, plan: Plan, columns: int, even: bool
+    dtype: torch.dtype,
+    act: str,
+    tokens: int,
+    plan: Plan,
+    columns: int,
+    even: bool,
+    second: bool,
+    tiles: Tiles | None = None,
 ) -> tuple[tuple[str, str], ...]:
-    """The constants of cuda.cu."""
-    number = _ACTIVATION_NUMBERS[act]
-    return defines(dtype, tokens, plan, columns, even, ACT=number, CHUNKS=plan.chunks)
+    """The constants of cuda.cu and preview.cuh."""
+    own = {"ACT": _ACTIVATION_NUMBERS[act], "CHUNKS": plan.chunks, "SECOND": int(second)}
+    own["PREVIEW"] = 0 if tiles is None else tiles.bits
+    if tiles is not None:
+        own["SPLITS"] = tiles.splits
+        own["GROUPS"] = -(-tiles.groups // (plan.threads // 32))
+    return defines(dtype, tokens, plan, columns, even, **own)
 
 
 def auto_tokens(dtype: torch.dtype, row_bytes: int) -> int:
@@ -169,21 +191,24 @@ def launch(
         early: read weights before the kernel ahead has ended, which must not be writing them.
     """
     call = call.made_contiguous()
-    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call
     tokens, hidden = x.shape
     neurons, columns = w_down_t.shape
     x = _aligned(x)
+    bits = 0 if preview is None else preview_bits(preview, hidden)
     most = template(tokens)
     plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
-    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan)
+    kind = (product is not None, bits)
+    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan, *kind)
     partial = torch.empty(built.blocks, tokens * columns, dtype=torch.float32, device=x.device)
     y = x.new_empty(tokens, columns) if out is None else out
-    problem = _Problem(
+    problem: ctypes.Structure = _Problem(
         x.data_ptr(),
         w_gate.data_ptr(),
         w_up.data_ptr(),
         w_down_t.data_ptr(),
         threshold.data_ptr(),
+        None if product is None else product.data_ptr(),
         None if mean is None else mean.data_ptr(),
         partial.data_ptr(),
         *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
@@ -193,11 +218,16 @@ def launch(
         neurons,
         columns,
         threshold.dim(),
+        0 if product is None else product.dim(),
         built.capacity,
         built.pitch,
+        built.stage,
         built.stages,
         int(early),
     )
+    if preview is not None and scale is not None and built.tiles is not None:
+        argument = PreviewArgument.of(preview, scale, built.tiles)
+        problem = _PreviewProblem(problem, argument)
     total = _Sum(
         partial.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -215,14 +245,24 @@ def launch(
 
 
 def _masked_matmuls(call: Call) -> Tensor:
-    """Dense matmuls, with the mask in one pass between them; reads everything.
+    """Dense matmuls, with the mask between them, in one pass where it is plain; reads everything.
 
     The gate stays in fp32, as rounded to bf16 it would be decided otherwise than by the kernel.
     """
-    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, *_ = call
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call
     rows = x.reshape(-1, x.shape[-1])
     gate = torch.mm(rows, w_gate.t(), out_dtype=torch.float32)
-    h = mask_triton(gate, F.linear(rows, w_up), threshold, act, mean)
+    u = F.linear(rows, w_up)
+    if product is None and preview is None:
+        h = mask_triton(gate, u, threshold, act, mean)
+    else:
+        g = decided = ACTIVATIONS[act](gate)
+        if preview is not None and scale is not None:
+            copy = dequantize(preview, scale, w_gate.shape[1], x.dtype)
+            decided = ACTIVATIONS[act](torch.mm(rows, copy.t(), out_dtype=torch.float32))
+        h = g * u.float()
+        keep = keep_mask(decided, h, threshold, product)
+        h = torch.where(keep, h if mean is None else h - mean, 0.0).to(x.dtype)
     y = F.linear(h, w_down_t.t(), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -246,33 +286,38 @@ def _build(
     neurons: int,
     columns: int,
     plan: Plan,
+    second: bool,
+    bits: int,
 ) -> _Built:
     """Compile (once for equal constants), load, and lay out the shared memory."""
     limit = shared_bytes(device)
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     row = max(hidden, columns) * dtype.itemsize
-    pieces = -(-row // PIECE)
-    lists = _list_bytes(capacity, tokens, plan)
+    lists = _list_bytes(capacity, tokens, plan) + _row_bytes_of_x(dtype, hidden, tokens, bits)
     rows = plan.rows
     while rows > 1 and _stages(limit, lists, rows * row) < 4:
         rows //= 2
-    stages = _stages(limit, lists, rows * row)
+    tiles = find_tiles(hidden, bits, rows * row) if bits else None
+    stage = max(rows * row, 0 if tiles is None else tiles.stage)
+    stages = _stages(limit, lists, stage)
     # A chunk is decided by a thread a neuron, so it must not be larger than a block.
-    chunks = max(plan.chunks, -(-(capacity + rows) // (plan.threads - rows)))
-    each = -(-pieces // plan.threads)
+    step = rows if tiles is None else TILE
+    chunks = max(plan.chunks, -(-(capacity + step) // (plan.threads - step)))
+    each = -(-row // (PIECE * plan.threads))
     even = hidden == columns and row == plan.threads * each * PIECE
     cut = Plan(plan.threads, rows, chunks)
-    code = _compile(_defines(dtype, act, tokens, cut, each, even), arch(device))
+    code = _compile(_defines(dtype, act, tokens, cut, each, even, second, tiles), arch(device))
     module = load_module(code, device)
-    shared = stages * rows * row + lists
     return _Built(
-        find_kernel(module, "gated_mlp", plan.threads + 32, shared),
+        find_kernel(module, "gated_mlp", plan.threads + 32, stages * stage + lists),
         find_kernel(module, "gated_mlp_sum", _SUM_THREADS),
         blocks,
         capacity,
         row,
+        stage,
         stages,
+        tiles,
     )
 
 
@@ -282,6 +327,11 @@ def _list_bytes(capacity: int, tokens: int, plan: Plan) -> int:
     return 4 * capacity * (tokens * pitch + tokens + 1)
 
 
+def _row_bytes_of_x(dtype: torch.dtype, hidden: int, tokens: int, bits: int) -> int:
+    """The tokens, from which a preview's dots take theirs."""
+    return tokens * groups_of(hidden) * GROUP * dtype.itemsize if bits else 0
+
+
 def _stages(limit: int, lists: int, stage: int) -> int:
     return stage_count(limit - _LEFT - lists, stage)
 
@@ -289,22 +339,30 @@ def _stages(limit: int, lists: int, stage: int) -> int:
 def _fits(call: Call) -> bool:
     """Whether cuda.cu takes the call, and every pointer it gets covers what it reads."""
     x, w_gate, w_up, w_down_t = call[:4]
+    previews = [t for t in (call.preview, call.preview_scale) if t is not None]
     return (
         belong_together(call)
-        and call.product_threshold is None
-        and call.preview is None
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
-        and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t))
-        and why_not_sizes(x.device, x.dtype, *w_gate.shape[::-1], w_down_t.shape[1]) is None
+        and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t, *previews))
+        and why_not_sizes(
+            x.device,
+            x.dtype,
+            w_gate.shape[1],
+            w_gate.shape[0],
+            w_down_t.shape[1],
+            preview_bits(call.preview, w_gate.shape[1]) if call.preview is not None else 0,
+        )
+        is None
     )
 
 
 @functools.cache
 def why_not_sizes(
-    device: torch.device, dtype: torch.dtype, hidden: int, neurons: int, columns: int
+    device: torch.device, dtype: torch.dtype, hidden: int, neurons: int, columns: int, bits: int = 0
 ) -> str | None:
-    """Why cuda.cu does not take weights of these sizes on ``device``; None if it does."""
+    """Why cuda.cu does not take weights of these sizes, and a preview of so many bits, on
+    ``device``; None if it does."""
     row = max(hidden, columns) * dtype.itemsize
     if hidden * dtype.itemsize % PIECE or columns * dtype.itemsize % PIECE:
         return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
@@ -312,6 +370,8 @@ def why_not_sizes(
     capacity = -(-neurons // blocks)
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens))
-    if row > MOST_PIECES * PIECE or _stages(shared_bytes(device), lists, row) < 2:
+    lists += _row_bytes_of_x(dtype, hidden, tokens, bits)
+    stage = max(row, find_tiles(hidden, bits, row).stage if bits else 0)
+    if row > MOST_PIECES * PIECE or _stages(shared_bytes(device), lists, stage) < 2:
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int first = (int)((long long)p.total * blockIdx.x / gridDim.x);
     int count = (int)((long long)p.total * (blockIdx.x + 1) / gridDim.x) - first;
-    Ring ring{memory, full, empty, p.stages, p.pitch};
+    Ring ring{memory, full, empty, p.stages, ROWS * p.pitch, p.pitch};
     launch_dependents();
     if (tid == 0) {
         for (int s = 0; s < p.stages; s++)

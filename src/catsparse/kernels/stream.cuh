@@ -40,7 +40,7 @@ DEVICE void barrier_wait(u64 *b, u32 parity) {
                  : "memory");
 }
 
-DEVICE void copy_row(char *to, const weight_t *from, u32 bytes, u64 *b, u64 policy) {
+DEVICE void copy_row(char *to, const void *from, u32 bytes, u64 *b, u64 policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
@@ -55,27 +55,50 @@ DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "
 struct Ring {
     char *data;
     u64 *full, *empty;
-    int stages, pitch;
+    int stages, size, pitch; /* bytes of a stage, and from row to row of it */
     int stage = 0;
     u32 parity = 0;
 
     DEVICE_METHOD void advance() {
         if (++stage == stages) stage = 0, parity ^= 1;
     }
-    DEVICE_METHOD char *rows() const { return data + stage * (ROWS * pitch); }
+    DEVICE_METHOD char *rows() const { return data + stage * size; }
     DEVICE_METHOD void wait_full() const { barrier_wait(full + stage, parity); }
+    /* The stage that many after this one, once it is full. */
+    DEVICE_METHOD const char *wait_full_ahead(int ahead) const {
+        bool wraps = stage + ahead >= stages;
+        int at = stage + ahead - (wraps ? stages : 0);
+        barrier_wait(full + at, parity ^ wraps);
+        return data + at * size;
+    }
     DEVICE_METHOD void release() { /* by every thread of a warp */
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
         advance();
     }
+    /* The producer's: the next stage is free, and will hold so many bytes. */
+    DEVICE_METHOD void wait_empty(u32 bytes) const {
+        barrier_wait(empty + stage, parity ^ 1);
+        barrier_expect(full + stage, bytes);
+    }
+    DEVICE_METHOD void copy(int to, const void *from, u32 bytes, u64 policy) const {
+        copy_row(rows() + to, from, bytes, full + stage, policy);
+    }
     /* The producer's: rows row_of(0) .. row_of(n - 1) into the next stage. */
     template <class RowOf>
     DEVICE_METHOD void fill(int n, u32 bytes, u64 policy, RowOf row_of) {
-        barrier_wait(empty + stage, parity ^ 1);
-        barrier_expect(full + stage, n * bytes);
-        for (int i = 0; i < n; i++)
-            copy_row(rows() + i * pitch, row_of(i), bytes, full + stage, policy);
+        wait_empty(n * bytes);
+        for (int i = 0; i < n; i++) copy(i * pitch, row_of(i), bytes, policy);
+        advance();
+    }
+    /* The same for n rows in order, by one copy where they are one run of memory. */
+    DEVICE_METHOD void fill_run(int n, u32 bytes, u64 policy, const weight_t *from,
+                                long long stride) {
+        wait_empty(n * bytes);
+        if (stride * SIZE == pitch && (int)bytes == pitch)
+            copy(0, from, n * bytes, policy);
+        else
+            for (int i = 0; i < n; i++) copy(i * pitch, from + i * stride, bytes, policy);
         advance();
     }
 };

@@ -1,0 +1,112 @@
+"""The weights of a gated MLP's children: can they be read as they are, and have they changed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+Version = tuple[StorageWeakRef, int, int]
+Key = tuple[Version, Version | None]
+
+
+class Children(nn.Module):
+    """A gated MLP that knows its children's names, constant for torch.compile."""
+
+    site_gate: ClassVar[str]
+    site_up: ClassVar[str | None]
+    site_act: ClassVar[str]
+    site_act_child: ClassVar[str | None]
+    site_down: ClassVar[str]
+
+    def raw_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
+        if self.why_not_raw(dtype) is not None:
+            return None
+        down: Tensor = getattr(self, self.site_down).weight
+        gate: Tensor = getattr(self, self.site_gate).weight
+        if self.site_up is not None:
+            return gate, getattr(self, self.site_up).weight, down
+        half = gate.shape[0] // 2
+        return gate[:half], gate[half:], down
+
+    def raw_gate(self) -> Tensor:
+        """w_gate ``[I, H]``, which must be readable."""
+        gate: Tensor = getattr(self, self.site_gate).weight
+        return gate if self.site_up is not None else gate[: gate.shape[0] // 2]
+
+    def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
+        """Why the children must be called instead of reading their weights; None if they can be."""
+        act = getattr(self, self.site_act_child) if self.site_act_child else None
+        if act is not None and (act._forward_hooks or act._forward_pre_hooks):
+            return f"{self.site_act_child} is hooked"
+        for name in (self.site_gate, self.site_up, self.site_down):
+            if name is None:
+                continue
+            reason = why_not_readable(name, getattr(self, name), dtype)
+            if reason is not None:
+                return reason
+        return None
+
+    def weights_key(self, gate: bool) -> Key:
+        """Changes with w_down, and with w_gate if asked for."""
+        down = version_of(getattr(self, self.site_down).weight)
+        return down, version_of(getattr(self, self.site_gate).weight) if gate else None
+
+
+def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``child`` must be called instead of multiplying by its weight; None if it need not.
+
+    Args:
+        name: of the child, for the reason.
+        dtype: of its input; None for its own.
+    """
+    reason = why_no_matrix(name, child)
+    if reason is not None:
+        return reason
+    if child.bias is not None:
+        return f"{name} has a bias"
+    if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+        return f"{name} is hooked"
+    if dtype is not None and child.weight.dtype != dtype:
+        return f"{name} is {child.weight.dtype}, its input {dtype}"
+    return None
+
+
+def why_no_matrix(name: str, child: nn.Module) -> str | None:
+    """Why ``child`` has no weight that is a plain matrix here; None if it has."""
+    if type(child) is not nn.Linear:
+        kind = type(child)  # LoRA's linear is called Linear too: say whose it is
+        return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
+    if type(child.weight) is not nn.Parameter:
+        return f"{name} holds {type(child.weight).__name__}"
+    return f"{name} is offloaded" if child.weight.device.type == "meta" else None
+
+
+def version_of(weight: Tensor) -> Version:
+    """Changes with the weight. The storage is told by a weak reference, as an address serves again
+    once its memory is freed."""
+    version = 0 if weight.is_inference() else weight._version
+    return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), version
+
+
+def may_copy(weight: Tensor) -> bool:
+    """Not while a graph is made: a copy would be captured instead of done."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes; for offloaded weights the device their hook runs on."""
+    parameter = next(module.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")

@@ -1,0 +1,105 @@
+"""The CUDA kernel with a gate preview and a second decision, on a GPU: against fp64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from catsparse.kernels import Call, cuda
+from gpu_op import TOLERANCE, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and cuda.why_not_cuda(torch.device("cuda", 0)) is not None,
+        reason="needs compute capability 9.0",
+    ),
+]
+
+# With rows in one, two and four parts, groups that do not fill a warp's share, and a last group
+# that is not whole.
+SHAPES = [
+    (torch.bfloat16, 4096, 14336, 4096, "silu", 1),
+    (torch.bfloat16, 4096, 3001, 4096, "silu", 4),
+    (torch.bfloat16, 8192, 5003, 8192, "silu", 1),
+    (torch.bfloat16, 8192, 999, 8192, "gelu", 3),
+    (torch.bfloat16, 16384, 1500, 16384, "silu", 2),
+    (torch.bfloat16, 2048, 8191, 2048, "silu", 2),
+    (torch.bfloat16, 2880, 2003, 2880, "gelu_tanh", 1),
+    (torch.bfloat16, 584, 1001, 600, "silu", 3),
+    (torch.bfloat16, 64, 7, 64, "silu", 3),
+    (torch.bfloat16, 8, 2, 16, "silu", 1),
+    (torch.float16, 4096, 2003, 4096, "relu", 1),
+    (torch.float16, 896, 4864, 896, "silu", 4),
+    (torch.float32, 4096, 1501, 4096, "silu", 1),
+    (torch.float32, 1000, 333, 1200, "gelu", 4),
+    (torch.float32, 8192, 301, 8192, "silu", 2),
+]
+
+
+def only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("another implementation ran")
+
+    monkeypatch.setattr(cuda, "gated_mlp_reference", never)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_preview_and_second_decision(
+    shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    for bits, second in ((4, ""), (8, ""), (0, "vector"), (4, "scalar"), (4, "vector")):
+        Case(*shape, bits=bits, second=second).check("cuda")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_many_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    for bits, second in itertools.product((0, 4, 8), ("", "scalar", "vector")):
+        case = Case(dtype, 512, 701, 520, "silu", 11, bits=bits, second=second)
+        for threshold in (case.cut(0.5), case.cut(0.97)):
+            for backend in ("auto", "cuda"):
+                y = case.call(threshold, True, backend=backend)
+                assert case.error(y, threshold, True) < TOLERANCE[dtype], (bits, second, backend)
+
+
+def test_dropped_rows_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    case = Case(torch.bfloat16, 1024, 3000, 1024, "silu", 2, bits=4, second="vector")
+    threshold = case.cut(0.6)
+    expected = case.call(threshold, True)
+    gated = (case.decided.abs() > threshold).any(dim=0)
+    down = ((case.decided.abs() > threshold) & case.stays).any(dim=0)
+    for weight, kept in zip(case.weights, (gated, gated, down), strict=True):
+        weight[~kept] = float("nan")
+    assert torch.equal(case.call(threshold, True), expected)
+
+
+@pytest.mark.parametrize("hostile", [0.0, float("inf"), float("nan"), 1e38, 1e-40])
+def test_hostile_scales(hostile: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the reference: they touch the neurons they belong to, and no other."""
+    only(monkeypatch)
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4)
+    scale = case.extra["preview_scale"]
+    clean = case.call(case.cut(0.5), False).double()
+    scale[17, 3] = hostile
+    case.weights[2][17] = 0  # whatever it decides
+    assert case.error(case.call(case.cut(0.5), False), case.cut(0.5), False) < 2e-2 or bool(
+        (case.call(case.cut(0.5), False).double() - clean).norm() < 2e-2 * clean.norm()
+    )
+
+
+def test_what_does_not_fit_runs_elsewhere() -> None:
+    case = Case(torch.bfloat16, 256, 300, 256, "silu", 1, bits=4)
+    assert cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra))
+    rows = case.extra["preview"]
+    odd = torch.zeros(rows.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(rows)
+    case.extra["preview"] = odd.copy_(rows)
+    assert not cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra))
+    y = case.call(case.cut(0.5), True)
+    assert case.error(y, case.cut(0.5), True) < TOLERANCE[case.dtype]

@@ -1,0 +1,148 @@
+"""The gate preview: packing byte by byte, rounding, and what is not ordinary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from catsparse.kernels.preview import (
+    GROUP,
+    SCALE_GROUPS,
+    dequantize,
+    groups_of,
+    make_preview,
+    preview_bits,
+    preview_shapes,
+)
+
+
+def steps(hidden: int, most: int) -> torch.Tensor:
+    """``[2, H]`` of whole numbers up to ``most``, which each group has: scales are 1."""
+    row = torch.arange(hidden) * 5 % (2 * most + 1) - most
+    row[::GROUP] = most
+    return torch.stack([row, -row]).float()
+
+
+def test_four_bits_byte_by_byte() -> None:
+    """Byte j of a group's 32 holds input j low and input j + 32 high, each plus 8."""
+    w = steps(100, 7)
+    packed, scale = make_preview(w, 4)
+    assert (packed.dtype, scale.dtype) == (torch.uint8, torch.bfloat16)
+    assert packed.shape == (2, 64)
+    for i in range(2):
+        padded = w[i].int().tolist() + [0] * 28
+        for group in range(2):
+            for j in range(32):
+                low, high = padded[64 * group + j], padded[64 * group + j + 32]
+                assert int(packed[i, 32 * group + j]) == (low + 8) + 16 * (high + 8)
+    assert scale.tolist() == [[1, 1] + [0] * 6] * 2
+
+
+def test_eight_bits_byte_by_byte() -> None:
+    w = steps(100, 127)
+    packed, scale = make_preview(w, 8)
+    padded = torch.cat([w, torch.zeros(2, 28)], 1)
+    assert packed.tolist() == (padded.int() + 128).tolist()
+    assert scale.tolist() == [[1, 1] + [0] * 6] * 2
+
+
+def test_by_hand() -> None:
+    """One group: the largest weight over 7, rounded up to 5 significant bits."""
+    packed, scale = make_preview(torch.tensor([[0.9, -0.25, 0.08, -0.06, 2.1]]), 4)
+    assert float(scale[0, 0]) == 0.3125  # 0.3 is 19.2 / 64
+    assert [int(n) & 15 for n in packed[0, :6]] == [8 + 3, 8 - 1, 8, 8, 8 + 7, 8]
+    assert all(int(n) >> 4 == 8 for n in packed[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("hidden", [1, 7, 63, 64, 65, 128, 511, 513, 520])
+def test_shapes(bits: int, hidden: int) -> None:
+    packed, scale = make_preview(torch.randn(3, hidden), bits)
+    assert preview_shapes(3, hidden, bits) == (packed.shape, scale.shape)
+    groups = -(-hidden // 64)
+    assert groups_of(hidden) == groups
+    assert packed.shape == (3, groups * 64 * bits // 8)
+    assert scale.shape[1] % SCALE_GROUPS == 0
+    assert 0 <= scale.shape[1] - groups < SCALE_GROUPS
+    assert not scale[:, groups:].any()
+    assert dequantize(packed, scale, hidden, torch.float32).shape == (3, hidden)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_that_fill_up_a_group_are_zero(bits: int) -> None:
+    hidden = 70
+    packed, scale = make_preview(torch.randn(5, hidden), bits)
+    whole = dequantize(packed, scale, 128, torch.float32)
+    assert not whole[:, hidden:].any()
+    assert torch.equal(whole[:, :hidden], dequantize(packed, scale, hidden, torch.float32))
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 65, 4096])
+def test_bits_from_the_shape(hidden: int) -> None:
+    for bits in (4, 8):
+        shape, _ = preview_shapes(2, hidden, bits)
+        assert preview_bits(torch.empty(shape, dtype=torch.uint8), hidden) == bits
+    for width in (0, 1, shape[1] - 1, shape[1] + 1, 2 * shape[1]):
+        assert preview_bits(torch.empty(2, width, dtype=torch.uint8), hidden) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_within_half_a_step(bits: int, dtype: torch.dtype) -> None:
+    """Of the scale, which is at most 1/16 above the least that reaches the largest weight (one
+    part in 2^(8 - bits) of rounding up; 8 bits leave it only one significant bit)."""
+    w = (torch.randn(50, 200) * torch.logspace(-3, 3, 50)[:, None]).to(dtype).float()
+    packed, scale = make_preview(w.to(dtype), bits)
+    copy = dequantize(packed, scale, 200, torch.float32)
+    step = scale[:, :4].float().repeat_interleave(64, 1)[:, :200]
+    assert ((copy - w).abs() <= step / 2 * (1 + 1e-6)).all()
+    groups = torch.nn.functional.pad(w, (0, 56)).view(50, 4, 64).abs().amax(-1)
+    ratio = scale[:, :4].float() * (2 ** (bits - 1) - 1) / groups
+    assert (ratio >= 1 - 1e-6).all()
+    assert (ratio <= 1 + 2.0 ** -(8 - bits)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_value_is_exact_in_bf16(bits: int) -> None:
+    w = torch.randn(100, 130) * torch.logspace(-30, 30, 100)[:, None]
+    packed, scale = make_preview(w, bits)
+    exact = dequantize(packed, scale, 130, torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(dequantize(packed, scale, 130, dtype).double(), exact)
+    assert len(packed.unique()) > 2**bits / 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_zeros(bits: int) -> None:
+    w = torch.randn(3, 192)
+    w[0], w[1, 64:128] = 0, -0.0
+    packed, scale = make_preview(w, bits)
+    copy = dequantize(packed, scale, 192, torch.float32)
+    assert torch.equal(copy == 0, (w == 0) | (copy == 0))
+    assert not copy[0].any()
+    assert not copy[1, 64:128].any()
+    assert copy[2].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_what_is_not_finite_spoils_its_group_only(bits: int, bad: float) -> None:
+    w = torch.randn(2, 130)
+    clean = dequantize(*make_preview(w, bits), 130, torch.float32)
+    w[1, 70] = bad
+    copy = dequantize(*make_preview(w, bits), 130, torch.float32)
+    assert copy[1, 64:128].isnan().all()
+    copy[1, 64:128] = clean[1, 64:128]
+    assert torch.equal(copy, clean)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_made_apart_and_the_weight_is_left_alone(bits: int) -> None:
+    """More rows than are made at once."""
+    w = torch.randn(1030, 65, requires_grad=True)
+    packed, scale = make_preview(w, bits)
+    assert not scale.requires_grad
+    for row in (0, 1023, 1024, 1029):
+        one = make_preview(w[row : row + 1], bits)
+        assert torch.equal(packed[row : row + 1], one[0])
+        assert torch.equal(scale[row : row + 1], one[1])
