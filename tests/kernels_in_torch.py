@@ -93,5 +93,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "Scratch", SimpleNamespace(make=lambda *_: scratch))
     for name in ("why_not_cuda", "why_not_linear", "why_not_sizes"):
         monkeypatch.setattr(structure, name, lambda *_: None)
+    monkeypatch.setattr(fused, "why_not_sizes", lambda *_: None)
     choice = Choice(Backend.CUDA, 4, "stands in for a GPU")
     monkeypatch.setattr(SparseMLP, "choose_backend", lambda *_: choice)

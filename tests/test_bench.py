@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,8 +15,8 @@ from torch import Tensor
 
 import catsparse
 import tiny
-from catsparse import CatsparseError, bench
-from catsparse.bench import decode, op, rows, shapes
+from catsparse import CatsparseError, bench, modules
+from catsparse.bench import decode, op, peers, rows, shapes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
 from catsparse.report import measured_figure, plot_speed
@@ -248,10 +249,31 @@ def test_layers_exceed_the_cache_even_if_only_gates_are_read(
 
 @pytest.mark.usefixtures("small_cache")
 def test_thresholds_drop_the_share_asked_for() -> None:
-    setup = op.Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True)
-    for s in (0.25, 0.5, 0.9):
-        for gate, threshold in zip(setup.gates, setup.thresholds(s), strict=True):
+    setup = op.Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True, 4)
+    for s, preview in itertools.product((0.25, 0.5, 0.9), (False, True)):
+        for gate, threshold in zip(setup.gates[preview], setup.thresholds(s, preview), strict=True):
             assert float((gate <= threshold).float().mean()) == pytest.approx(s, abs=0.005)
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_the_op_with_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the exact gate, checked and counted; its rows of dropped neurons are skipped, too."""
+    calls: list[Any] = []
+    run = modules.gated_mlp
+
+    def note(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(arguments[9])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(modules, "gated_mlp", note)
+    found = run_op(rounds=1, preview=8, sparsities=[0.0, 0.9], shape=bench.find_shape("128,256"))
+    names = [row.impl for row in found]
+    assert names == ["dense", "catsparse", "catsparse", "catsparse_preview8"]
+    exact, preview = found[2:]
+    assert {type(c) for c in calls} == {type(None), Tensor}
+    copies = (128 + 16) / (3 * 128 * 4)
+    assert exact.bytes_skipped == pytest.approx(0.6, abs=0.01)
+    assert preview.bytes_skipped == pytest.approx(0.9 - copies, abs=0.01)
 
 
 Prepared = Callable[[Tensor, Tensor, str], Tensor]
@@ -268,7 +290,7 @@ def wrong(w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Prepared:
 @pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_peers_run_beside(tokens: int) -> None:
-    found = run_op(peers={"honest": honest, "index_select": op.index_select}, tokens=tokens)
+    found = run_op(peers={"honest": honest, "index_select": peers.index_select}, tokens=tokens)
     assert [r.impl for r in found[4:]] == ["honest", "honest", "index_select", "index_select"]
     assert [r.sparsity for r in found[4:]] == [0.5, 0.9, 0.5, 0.9]
 
@@ -287,11 +309,11 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peer_files(tmp_path: Path) -> None:
     good = tmp_path / "mine.py"
     good.write_text("def prepare(w_gate, w_up, w_down):\n    return None\n")
-    assert op.load_peer(good)[0] == "mine"
+    assert peers.load_peer(good)[0] == "mine"
     (tmp_path / "empty.py").write_text("")
     for path in (tmp_path / "missing.py", tmp_path / "empty.py", tmp_path):
         with pytest.raises(CatsparseError, match=r"prepare|Python file"):
-            op.load_peer(path)
+            peers.load_peer(path)
 
 
 # bench decode
@@ -416,7 +438,7 @@ def test_a_graph_meets_every_layer_equally_often() -> None:
 @pytest.mark.usefixtures("small_cache")
 def test_plots_of_several_shapes_and_dtypes(tmp_path: Path) -> None:
     found = run_op(rounds=1) + run_op(rounds=1, dtype=torch.bfloat16, tokens=2)
-    found += run_op(rounds=1, shape=bench.find_shape("48,96"), peers={"gather": op.index_select})
+    found += run_op(rounds=1, shape=bench.find_shape("48,96"), peers={"gather": peers.index_select})
     paths = plot_speed([asdict(row) for row in found], tmp_path)
     names = ("speed", "latency")
     assert {p.name for p in paths} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
@@ -425,7 +447,7 @@ def test_plots_of_several_shapes_and_dtypes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_cache")
 def test_latency_shows_what_was_measured() -> None:
-    rows = [asdict(row) for row in run_op(rounds=1, peers={"gather": op.index_select})]
+    rows = [asdict(row) for row in run_op(rounds=1, peers={"gather": peers.index_select})]
     rows.append(rows[0] | {"impl": "dense_compiled", "p50": 123.0})
     other = [row | {"name": "other", "p50": 2 * row["p50"]} for row in rows]
     figure = measured_figure(rows + other)

@@ -31,7 +31,7 @@ from catsparse.decoding import fused, loop
 from catsparse.decoding.fused import FusedStep
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
-from catsparse.kernels import Backend, Choice
+from catsparse.kernels import Backend, Call, Choice
 from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import run_dense
 from tiny import SMALL, build, calibrate, llama_config, tokens
@@ -121,6 +121,31 @@ def last_step(model: Any) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens(name: str, sparse: bool, device: str) -> None:
     check(make(name, device, sparse), tokens(1, 30))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("down", [None, 0.7])
+def test_preview_and_second_decision(
+    down: float | None, batch: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama", device)
+    calibration = catsparse.calibrate(
+        model, tokens(8, 32, 7), preview=4, products_at=0.5, progress=False
+    )
+    catsparse.sparsify(model, calibration, 0.5, down_sparsity=down)
+    calls: list[Call] = []
+    launch = fused.launch
+
+    def note(call: Call, **options: Any) -> Tensor:
+        calls.append(call)
+        return launch(call, **options)
+
+    monkeypatch.setattr(fused, "launch", note)
+    check(model, tokens(batch, 30))
+    module = next(iter(sparse_modules(model).values()))
+    assert calls[-1].preview is not None
+    assert (calls[-1].product_threshold is None) == (down is None)
+    assert module.catsparse_preview is not None
 
 
 @pytest.mark.parametrize("batch", [2, 4, 7])

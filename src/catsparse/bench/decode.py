@@ -85,7 +85,10 @@ def bench_decode(
             "not known; bench op measures one MLP of its shape"
         )
     before = [
-        (m, m.catsparse_threshold, m.catsparse_mean, m.catsparse_backend, m.catsparse_down_copy)
+        (
+            *(m, m.catsparse_threshold, m.catsparse_mean, m.catsparse_product_threshold),
+            *(m.catsparse_backend, m.catsparse_down_copy),
+        )
         for m in sparse_modules(model).values()
     ]
     try:
@@ -94,9 +97,9 @@ def bench_decode(
             *(backend, down_copy, compiled, advance),
         )
     finally:
-        for module, threshold, mean, asked, copy in before:
+        for module, threshold, mean, product, asked, copy in before:
             module.set_backend(asked, copy)
-            module.set_threshold(threshold, mean)
+            module.set_threshold(threshold, mean, product)
 
 
 def _bench(
@@ -150,8 +153,7 @@ def _variant(
     _apply(model, variant)
     choices = [module._catsparse_choice for module in modules]
     if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
-        share = 2 / 3 if down_copy else 1 / 3
-        variant.bytes_skipped = share * (1 - _kept(model, prompt))
+        variant.bytes_skipped = _bytes_skipped(model, _kept(model, prompt), down_copy)
     variant.max_err = _check(model, prompt)
     return variant
 
@@ -161,6 +163,16 @@ def _apply(model: Any, variant: Variant) -> None:
         for name, module in sparse_modules(model).items():
             t = variant.thresholds[name]
             module.set_threshold(t.threshold, t.mean)
+
+
+def _bytes_skipped(model: Any, kept: float, down_copy: bool) -> float:
+    """Fraction of the MLPs' weight bytes that is not read; previews are read whole."""
+    modules = list(sparse_modules(model).values())
+    copies = [m.catsparse_preview for m in modules if m.catsparse_preview is not None]
+    scales = [m.catsparse_preview_scale for m in modules if m.catsparse_preview_scale is not None]
+    read = sum(t.nbytes for t in (*copies, *scales))
+    share = (1 + bool(copies) + down_copy) / 3
+    return share * (1 - kept) - read / bytes_per_token(model)[1]
 
 
 def _kept(model: Any, prompt: Tensor) -> float:
@@ -282,13 +294,9 @@ def _error(name: str, module: SparseMLP, x: Tensor) -> float:
     bias = None if module.catsparse_mean is None else down @ module.catsparse_mean
     y = gated_mlp_reference(
         x.float(),
-        gate,
-        up,
-        down.t(),
-        module.catsparse_threshold,
-        module.site_act,
-        module.catsparse_mean,
-        bias,
+        *(gate, up, down.t(), module.catsparse_threshold, module.site_act),
+        *(module.catsparse_mean, bias, module.catsparse_product_threshold),
+        *(module.catsparse_preview, module.catsparse_preview_scale),
     )
     error = float((module(x).float() - y).abs().max() / y.abs().max())
     if not error <= TOLERANCE[x.dtype]:

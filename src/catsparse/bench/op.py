@@ -6,24 +6,22 @@ replay is timed by events and divided by the calls, since launches would cost mo
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CatsparseError
-from ..kernels import ACTIVATIONS, gated_mlp_reference
+from ..kernels import ACTIVATIONS, dequantize, gated_mlp_reference
 from ..modules import SparseMLP, add_sparsity
 from ..sites import find_sites
 from ..surgery import set_backend
 from .gpu import capture, gpu_seconds
+from .peers import Peer
 from .rows import (
     TOLERANCE,
     Probe,
@@ -40,10 +38,6 @@ from .shapes import Shape
 INPUTS = 8  # different inputs, each with every layer in turn
 MAX_LAYERS = 256
 GRAPH_CALLS = 24  # at least
-
-# A peer: (w_gate [I, H], w_up [I, H], w_down [H, I]) -> call(x [T, H], threshold, act) -> y.
-Peer = Callable[[Tensor, Tensor, Tensor], Callable[[Tensor, Tensor, str], Tensor]]
-
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -92,6 +86,7 @@ def bench_op(
     backend: str = "auto",
     down_copy: bool = True,
     peers: dict[str, Peer] | None = None,
+    preview: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Time one MLP shape; the rows' order is dense, own kernel at sparsity 0, then each sparsity.
@@ -101,13 +96,14 @@ def bench_op(
 
     Args:
         peers: other implementations to run beside, by name.
+        preview: also the op with a gate preview of so many bits, as ``catsparse_preview4``.
         advance: called after every round.
 
     Raises:
         CatsparseError: a variant disagrees with the reference, the shape is too small to be kept
             out of the caches, or the backend cannot run.
     """
-    setup = Setup(shape, dtype, tokens, device, backend, down_copy)
+    setup = Setup(shape, dtype, tokens, device, backend, down_copy, preview)
     variants = [Variant("dense", 0.0, setup.dense)]
     if device.type == "cuda":
         variants.append(Variant("dense_compiled", 0.0, setup.dense_compiled()))
@@ -115,6 +111,16 @@ def bench_op(
         Variant("catsparse", s, setup.sparse(s), setup.bytes_skipped(s) * setup.runs_kernel)
         for s in sorted({0.0, *sparsities})
     ]
+    if preview is not None:
+        variants += [
+            Variant(
+                f"catsparse_preview{preview}",
+                s,
+                setup.sparse(s, by_preview=True),
+                setup.bytes_skipped(s, by_preview=True) * setup.runs_kernel,
+            )
+            for s in sorted({*sparsities} - {0.0})
+        ]
     for (name, peer), s in itertools.product((peers or {}).items(), sorted(set(sparsities))):
         # What a peer reads is its own affair; it is held against what it might have skipped.
         variants.append(Variant(name, s, setup.peer(peer, s), setup.bytes_skipped(s)))
@@ -177,6 +183,7 @@ class Setup:
         device: torch.device,
         backend: str,
         down_copy: bool,
+        preview: int | None = None,
     ) -> None:
         self.shape, self.dtype, self.tokens, self.device = shape, dtype, tokens, device
         self.down_copy = down_copy
@@ -193,34 +200,45 @@ class Setup:
         self.inputs = [
             torch.randn(tokens, shape.hidden, device=device).to(dtype) for _ in range(INPUTS)
         ]
-        self.gates = [self._gate(layer) for layer in self.layers]
         sites = find_sites(self.layers)[0]
         self.modules: list[SparseMLP] = []
         for site in sites:
             layer = self.layers.get_submodule(site.name)
-            self.modules.append(add_sparsity(layer, site, torch.tensor(-1.0), None, "masked"))
+            self.modules.append(
+                add_sparsity(layer, site, torch.tensor(-1.0), None, "masked", None, preview)
+            )
+        self.layers.eval()
         set_backend(self.layers, backend, down_copy)
         choice = self.modules[0]._catsparse_choice
         self.runs_kernel = choice is not None and tokens <= choice.kernel_tokens
+        # |g| of what decides: w_gate itself, and its preview.
+        self.gates = {False: [self._gate(m.raw_gate()) for m in self.modules]}
+        self.previews = [(m.catsparse_preview, m.catsparse_preview_scale) for m in self.modules]
+        self.gates[True] = [
+            self._gate(dequantize(copy, scale, shape.hidden, torch.float32))
+            for copy, scale in self.previews
+            if copy is not None and scale is not None
+        ]
 
-    def _gate(self, layer: Any) -> Tensor:
+    def _gate(self, weight: Tensor) -> Tensor:
         """|g| of all inputs in fp32, ``[INPUTS, T, I]``."""
         x = torch.stack(self.inputs).float()
         with torch.no_grad():
-            return ACTIVATIONS[self.shape.act](F.linear(x, layer.gate_proj.weight.float())).abs()
+            return ACTIVATIONS[self.shape.act](F.linear(x, weight.float())).abs()
 
-    def thresholds(self, sparsity: float) -> list[Tensor]:
+    def thresholds(self, sparsity: float, by_preview: bool = False) -> list[Tensor]:
         """One a layer, in the widest gap near the quantile: no rounding flips a decision there."""
         if sparsity == 0:
             return [torch.tensor(-1.0, device=self.device)] * len(self.layers)
-        return [_gap(gate.flatten(), sparsity) for gate in self.gates]
+        return [_gap(gate.flatten(), sparsity) for gate in self.gates[by_preview]]
 
-    def bytes_skipped(self, sparsity: float) -> float:
-        """A call reads a row if any of its tokens keeps the neuron."""
-        pairs = zip(self.gates, self.thresholds(sparsity), strict=True)
+    def bytes_skipped(self, sparsity: float, by_preview: bool = False) -> float:
+        """A call reads a row if any of its tokens keeps the neuron; a preview is read whole."""
+        pairs = zip(self.gates[by_preview], self.thresholds(sparsity, by_preview), strict=True)
         kept = [(gate > t).any(dim=1).float().mean() for gate, t in pairs]
-        share = 2 / 3 if self.down_copy else 1 / 3
-        return share * (1 - float(torch.stack(kept).mean()))
+        share = (1 + by_preview + self.down_copy) / 3
+        copies = sum(t.nbytes for t in self.previews[0] if t is not None) if by_preview else 0
+        return share * (1 - float(torch.stack(kept).mean())) - copies / self.weight_bytes
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         module = self.modules[layer]
@@ -241,13 +259,16 @@ class Setup:
         compiled = torch.compile(mlp, dynamic=False)
         return lambda layer, x: compiled(x, fused[layer], down[layer])
 
-    def sparse(self, sparsity: float) -> Callable[[int, Tensor], Tensor]:
-        thresholds = self.thresholds(sparsity)
+    def sparse(self, sparsity: float, by_preview: bool = False) -> Callable[[int, Tensor], Tensor]:
+        thresholds = self.thresholds(sparsity, by_preview)
+        none: tuple[Tensor | None, Tensor | None] = (None, None)
+        previews = self.previews if by_preview else [none] * len(self.layers)
 
         def call(layer: int, x: Tensor) -> Tensor:
             module = self.modules[layer]
             module.catsparse_enabled = True
             module.catsparse_threshold = thresholds[layer]
+            module.catsparse_preview, module.catsparse_preview_scale = previews[layer]
             return module(x)  # type: ignore[no-any-return]
 
         return call
@@ -272,14 +293,16 @@ class Setup:
         Raises:
             CatsparseError: it is above the dtype's tolerance.
         """
-        threshold, worst = self.thresholds(variant.sparsity)[0], 0.0
+        by_preview = variant.impl.startswith("catsparse_preview")
+        threshold, worst = self.thresholds(variant.sparsity, by_preview)[0], 0.0
+        extra = (None, None, None, *self.previews[0]) if by_preview else ()
         for x in self.inputs[:2]:
             y = variant.call(0, x).float()
             errors = []
             for dtype in {torch.float32, self.dtype}:
                 gate, up, down = (w.to(dtype) for w in self.weights(0))
                 arguments = (x.to(dtype), gate, up, down.t(), threshold, self.shape.act)
-                truth = gated_mlp_reference(*arguments).float()
+                truth = gated_mlp_reference(*arguments, *extra).float()
                 errors.append(float((y - truth).abs().max() / truth.abs().max()))
             if not min(errors) <= TOLERANCE[self.dtype]:  # NaN too
                 raise CatsparseError(
@@ -337,39 +360,3 @@ def _rows(setup: Setup, variants: list[Variant], probe: Probe) -> list[Row]:
             )
         )
     return rows
-
-
-def index_select(
-    w_gate: Tensor, w_up: Tensor, w_down: Tensor
-) -> Callable[[Tensor, Tensor, str], Tensor]:
-    """What torch alone can do: gather the kept rows, then multiply."""
-    w_down_t = w_down.t().contiguous()
-
-    def call(x: Tensor, threshold: Tensor, act: str) -> Tensor:
-        g = ACTIVATIONS[act](F.linear(x, w_gate))
-        keep = g.float().abs() > threshold
-        rows = keep.any(dim=0).nonzero().squeeze(1)
-        u = F.linear(x, w_up.index_select(0, rows))
-        h = torch.where(keep.index_select(1, rows), g.index_select(1, rows) * u, 0.0)
-        return h @ w_down_t.index_select(0, rows)
-
-    return call
-
-
-def load_peer(path: Path) -> tuple[str, Peer]:
-    """A peer from a Python file of the user's that defines ``prepare`` (see :data:`Peer`).
-
-    Raises:
-        CatsparseError: there is no such file or function.
-    """
-    if not path.is_file():
-        raise CatsparseError(f"there is no file {path}; --peer takes a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise CatsparseError(f"{path} is no Python file; --peer takes one that defines prepare")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    prepare = getattr(module, "prepare", None)
-    if prepare is None:
-        raise CatsparseError(f"{path} defines no prepare(w_gate, w_up, w_down)")
-    return path.stem, prepare

@@ -15,7 +15,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import check_sparsity
+from ..config import check_preview, check_sparsity
 from ..errors import CatsparseError
 from .common import Device, Json, err, load, out, print_json
 
@@ -55,13 +55,17 @@ def op(
         list[str] | None,
         typer.Option(help="index_select, or a Python file that defines prepare; may be repeated."),
     ] = None,
+    preview: Annotated[
+        int | None, typer.Option(help="Also with a gate preview of so many bits, 4 or 8.")
+    ] = None,
     output: Output = Path("out/bench"),
     plot: Plot = False,
     json: Json = False,
 ) -> None:
     """One gated MLP, its weights outside the caches at every call."""
+    check_preview(preview)
     from ..bench import append_rows, bench_op, find_shape
-    from ..bench.op import index_select, load_peer
+    from ..bench.peers import index_select, load_peer
     from ..bench.rows import parse_dtype
 
     _make_folder(output)
@@ -78,7 +82,8 @@ def op(
     with _progress(len(cases) * (rounds + 1), "timing") as advance:
         for size, kind, count in cases:
             part = bench_op(
-                size, kind, wanted, count, where, rounds, backend, down_copy, peers, advance
+                *(size, kind, wanted, count, where, rounds, backend, down_copy),
+                *(peers, preview, advance),
             )
             append_rows(output / "rows.jsonl", part)
             rows += part

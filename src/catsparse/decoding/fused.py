@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import Call, gated_mlp
 from ..kernels.attention import Scratch, attention
-from ..kernels.cuda import launch
+from ..kernels.cuda import launch, why_not_sizes
 from ..kernels.linear import linear
+from ..kernels.preview import preview_bits
 from ..kernels.stream import Norm, rms_norm
 from ..surgery import run_dense
 from .cache import WindowCache
@@ -31,8 +32,18 @@ from .structure import Decoder, Layer, Mlp, NotPlain, find_decoder
 # Of a layer's update, beside the rounding of its output.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
-# (w_down^T, threshold, mean, bias)
-_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+class _Weights(NamedTuple):
+    """What a layer's gated MLP takes beside its gate and up."""
+
+    down_t: Tensor
+    threshold: Tensor
+    mean: Tensor | None = None
+    bias: Tensor | None = None
+    product_threshold: Tensor | None = None
+    preview: Tensor | None = None
+    preview_scale: Tensor | None = None
+
 
 _WARNED: set[str] = set()
 _REASONS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -112,14 +123,12 @@ class FusedStep:
             self._attended,
         )
         h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
-        down_t, threshold, mean, bias = weights
         mlp = layer.mlp
-        if not self._few:
-            normed = rms_norm(h, layer.mlp_norm)
-            y = gated_mlp(normed, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
-            torch.add(h, y, out=x)
+        call = Call(h, mlp.gate, mlp.up, *weights[:2], mlp.act, *weights[2:])
+        if not self._few:  # everything is read anyway: w_gate decides
+            call = call._replace(x=rms_norm(h, layer.mlp_norm), preview=None, preview_scale=None)
+            torch.add(h, gated_mlp(*call), out=x)
             return
-        call = Call(h, mlp.gate, mlp.up, down_t, threshold, mlp.act, mean, bias)
         launch(call, norm=layer.mlp_norm, residual=h, out=x, early=True)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -148,14 +157,27 @@ class FusedStep:
         """A dense MLP is one that keeps every neuron."""
         module = mlp.module
         if module is None:
-            return _transposed(mlp.down), self._keep_all, None, None
+            return _Weights(_transposed(mlp.down), self._keep_all)
         module.prepare_decode()  # the weights may have changed since
         if module.catsparse_mean is not None and module.catsparse_bias is None:
             module.refresh()
         down_t = module.down_transposed()
         if not module.catsparse_enabled:
-            return down_t, self._keep_all, None, None
-        return down_t, module.catsparse_threshold, module.catsparse_mean, module.catsparse_bias
+            return _Weights(down_t, self._keep_all)
+        preview, scale = module.catsparse_preview, module.catsparse_preview_scale
+        if preview is not None and not self._takes_preview(mlp, preview):
+            preview = scale = None
+        return _Weights(
+            *(down_t, module.catsparse_threshold, module.catsparse_mean, module.catsparse_bias),
+            *(module.catsparse_product_threshold, preview, scale),
+        )
+
+    def _takes_preview(self, mlp: Mlp, preview: Tensor) -> bool:
+        """Whether tiles of it fit into the kernel's shared memory beside all else."""
+        neurons, hidden = mlp.gate.shape
+        bits = preview_bits(preview, hidden)
+        sizes = (hidden, neurons, mlp.down.shape[0], bits)
+        return why_not_sizes(preview.device, mlp.gate.dtype, *sizes) is None
 
     @classmethod
     def try_build(cls, model: Any, cache: WindowCache, batch: int) -> FusedStep | None:
@@ -268,7 +290,7 @@ def _compare_layers(model: Any, step: FusedStep, cache: WindowCache, batch: int,
         raise NotPlain("its embeddings are changed before the first layer")
     for index, (before, after) in enumerate(seen):
         x = step._x.copy_(before)
-        step._layer(index, x, state, (step._mlps[index][0], step._keep_all, None, None))
+        step._layer(index, x, state, _Weights(step._mlps[index].down_t, step._keep_all))
         _compare(f"layer {index}", x, after, after - before)
     _compare("output layer", step._logits(step._x.copy_(seen[-1][1])), logits, logits)
 
