@@ -8,14 +8,33 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from catsparse.kernels import ACTIVATIONS, dequantize, gated_mlp, make_preview
+from catsparse.kernels import ACTIVATIONS, cuda, dequantize, gated_mlp, make_preview
 
 # Relative, of the whole output: sums in fp32, the result rounded once.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 INFINITY = float("inf")
+HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and cuda.why_not_cuda(torch.device("cuda", 0)) is not None,
+        reason="needs compute capability 9.0",
+    ),
+]
+
+
+def only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other implementation is an error."""
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("another implementation ran")
+
+    monkeypatch.setattr(cuda, "gated_mlp_reference", never)
+    monkeypatch.setattr(cuda, "gated_mlp_triton", never)
 
 
 class Case:
@@ -110,6 +129,8 @@ class Case:
 
     def error(self, y: Tensor, threshold: Tensor, compensated: bool) -> float:
         truth = self.truth(threshold, compensated)
+        if not truth.any():
+            return INFINITY if y.any() else 0.0
         # Of one neuron with next to no activation little is left to be right about.
         ordinary = self.h.pow(2).mean().sqrt() * self.weights[2].double().norm(dim=1).mean()
         return float((y.double() - truth).norm() / truth.norm().clamp(min=float(ordinary)))

@@ -17,6 +17,7 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, bench, modules
 from catsparse.bench import decode, op, peers, rows, shapes
+from catsparse.config import preview_bytes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
 from catsparse.report import measured_figure, plot_speed
@@ -364,6 +365,34 @@ def test_the_model_is_left_as_it_was(sparse_model: Any) -> None:
     assert before[2] == after[2]
 
 
+def test_decode_with_a_preview_and_a_second_decision() -> None:
+    """Beside the exact gate; the second decision at its own sparsity only; all put back."""
+    model = tiny.build(tiny.llama_config())
+    calibration = catsparse.calibrate(
+        model, tiny.tokens(8, 32, 7), preview=4, products_at=0.5, progress=False
+    )
+    catsparse.sparsify(model, calibration, 0.5, down_sparsity=0.8)
+    module = model.model.layers[0].mlp
+    before = (module.catsparse_product_threshold.clone(), module.catsparse_preview.clone())
+    found = bench.bench_decode(model, "tiny", [0.5, 0.7], PROMPT, 4, rounds=1)
+    names = [(r.impl, r.sparsity) for r in found]
+    assert names == [
+        ("dense", 0.0),
+        *(("catsparse", s) for s in (0.0, 0.5, 0.7)),
+        *(("catsparse_preview4", s) for s in (0.5, 0.7)),
+    ]
+    skipped = {name: row.bytes_skipped for name, row in zip(names, found, strict=True)}
+    assert skipped["catsparse", 0.0] == 0
+    # (0.5 + 0.8) / 3 is behind both decisions, 1 / 3 behind the gate's alone.
+    assert skipped["catsparse", 0.5] == pytest.approx((0.5 + 0.8) / 3, abs=0.09)
+    assert skipped["catsparse", 0.7] == pytest.approx(2 / 3 * 0.7, abs=0.09)
+    hidden = model.config.hidden_size
+    copies = preview_bytes(hidden, 4) / (3 * 4 * hidden)
+    assert skipped["catsparse_preview4", 0.7] == pytest.approx(0.7 - copies, abs=0.09)
+    assert torch.equal(module.catsparse_product_threshold, before[0])
+    assert torch.equal(module.catsparse_preview, before[1])
+
+
 def test_experts_have_no_known_byte_limit(sparse_model: Any) -> None:
     sparse_model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
     with pytest.raises(CatsparseError, match="expert weights"):
@@ -393,6 +422,9 @@ def test_the_union_of_a_step() -> None:
     ):
         union(keep, keep)
     assert (int(union.kept), union.total) == (3, 4)
+    fewer = torch.tensor([[[True, False, False, False]], [[False] * 4]])
+    union(torch.ones(2, 1, 4, dtype=torch.bool), fewer)
+    assert (int(union.keep), int(union.kept), union.total) == (7, 4, 8)
 
 
 def test_intervals_leave_the_prompt_out(sparse_model: Any) -> None:

@@ -13,16 +13,9 @@ from catsparse import hub
 from catsparse.data import load_windows
 from catsparse.kernels import Call, cuda, gated_mlp
 from catsparse.kernels.stream import whole_pieces
-from gpu_op import TOLERANCE, Case
+from gpu_op import HOPPER, TOLERANCE, Case, only
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and cuda.why_not_cuda(torch.device("cuda", 0)) is not None,
-        reason="needs compute capability 9.0",
-    ),
-]
+pytestmark = HOPPER
 
 SHAPES = [
     (torch.bfloat16, 4096, 14336, 4096, "silu", 1),
@@ -46,16 +39,6 @@ SHAPES = [
     (torch.float32, 4, 2, 4, "gelu_tanh", 1),
     (torch.bfloat16, 256, 100_000, 256, "silu", 2),
 ]
-
-
-def only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any other implementation is an error."""
-
-    def never(*_: object) -> Tensor:
-        raise AssertionError("another implementation ran")
-
-    monkeypatch.setattr(cuda, "gated_mlp_reference", never)
-    monkeypatch.setattr(cuda, "gated_mlp_triton", never)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..calibration import Calibration
+from ..calibration import Calibration, GateDecision
+from ..config import bytes_skipped
 from ..decoding import generate
 from ..errors import CatsparseError
 from ..kernels import gated_mlp_reference
@@ -31,17 +32,21 @@ from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, version
 WARM_TOKENS = 8
 _STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
+Preview = tuple[Tensor | None, Tensor | None]  # packed, and its scales
+
 
 @dataclass
 class Variant:
     """Dense, or one sparsity with its thresholds; ``intervals`` are seconds between tokens.
 
     ``transformers`` is dense in transformers' own loop, ``dense_compiled`` by the compiled step.
+    With ``previews`` these decide, else the gate itself.
     """
 
     impl: str
     sparsity: float
     thresholds: dict[str, SiteThreshold] | None = None
+    previews: dict[str, Preview] | None = None
     bytes_skipped: float = 0.0
     max_err: float = 0.0
     intervals: list[float] = field(default_factory=list)
@@ -87,7 +92,7 @@ def bench_decode(
     before = [
         (
             *(m, m.catsparse_threshold, m.catsparse_mean, m.catsparse_product_threshold),
-            *(m.catsparse_backend, m.catsparse_down_copy),
+            *(m.catsparse_backend, m.catsparse_down_copy, _preview(m)),
         )
         for m in sparse_modules(model).values()
     ]
@@ -97,7 +102,8 @@ def bench_decode(
             *(backend, down_copy, compiled, advance),
         )
     finally:
-        for module, threshold, mean, product, asked, copy in before:
+        for module, threshold, mean, product, asked, copy, preview in before:
+            module.catsparse_preview, module.catsparse_preview_scale = preview
             module.set_backend(asked, copy)
             module.set_threshold(threshold, mean, product)
 
@@ -125,8 +131,12 @@ def _bench(
     if compiled:
         variants.append(Variant("dense_compiled", 0.0))
     variants.append(Variant("dense", 0.0))
+    previews = {name: _preview(m) for name, m in sparse_modules(model).items()}
     for s in sorted({0.0, *sparsities}):
-        variants.append(_variant(model, calibration, s, prompt, down_copy))
+        variants.append(_variant(model, calibration, s, prompt, down_copy, None))
+    if calibration.preview is not None:
+        for s in sorted({*sparsities} - {0.0}):
+            variants.append(_variant(model, calibration, s, prompt, down_copy, previews))
     probe = Probe(model.device)
     for round_number in range(rounds + 1):
         for variant in variants:
@@ -144,16 +154,30 @@ def _variant(
     sparsity: float,
     prompt: Tensor,
     down_copy: bool,
+    previews: dict[str, Preview] | None,
 ) -> Variant:
     """Thresholds, the bytes they skip on this very text, and the check."""
     config = state_of(model).config
-    thresholds = calibration.thresholds(sparsity, config.method, config.compensate)
-    variant = Variant("catsparse", sparsity, thresholds)
+    # What the model has of a second decision belongs to its own sparsity.
+    own = calibration.products_at == GateDecision(sparsity, config.method)
+    thresholds = calibration.thresholds(
+        sparsity, config.method, config.compensate, config.down_sparsity if own else None
+    )
+    impl = "catsparse" if previews is None else f"catsparse_preview{calibration.preview}"
+    variant = Variant(impl, sparsity, thresholds, previews)
     modules = sparse_modules(model).values()
     _apply(model, variant)
     choices = [module._catsparse_choice for module in modules]
     if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
-        variant.bytes_skipped = _bytes_skipped(model, _kept(model, prompt), down_copy)
+        keep, kept = _kept(model, prompt)
+        gate = next(iter(modules)).raw_gate()
+        variant.bytes_skipped = bytes_skipped(
+            1 - keep,
+            1 - kept if down_copy else 0.0,
+            None if previews is None else calibration.preview,
+            gate.shape[1],
+            gate.element_size(),
+        )
     variant.max_err = _check(model, prompt)
     return variant
 
@@ -162,21 +186,19 @@ def _apply(model: Any, variant: Variant) -> None:
     if variant.thresholds is not None:
         for name, module in sparse_modules(model).items():
             t = variant.thresholds[name]
-            module.set_threshold(t.threshold, t.mean)
+            module.set_threshold(t.threshold, t.mean, t.product)
+            none: Preview = (None, None)
+            preview = none if variant.previews is None else variant.previews[name]
+            module.catsparse_preview, module.catsparse_preview_scale = preview
 
 
-def _bytes_skipped(model: Any, kept: float, down_copy: bool) -> float:
-    """Fraction of the MLPs' weight bytes that is not read; previews are read whole."""
-    modules = list(sparse_modules(model).values())
-    copies = [m.catsparse_preview for m in modules if m.catsparse_preview is not None]
-    scales = [m.catsparse_preview_scale for m in modules if m.catsparse_preview_scale is not None]
-    read = sum(t.nbytes for t in (*copies, *scales))
-    share = (1 + bool(copies) + down_copy) / 3
-    return share * (1 - kept) - read / bytes_per_token(model)[1]
+def _preview(module: SparseMLP) -> Preview:
+    return module.catsparse_preview, module.catsparse_preview_scale
 
 
-def _kept(model: Any, prompt: Tensor) -> float:
-    """Share of neurons whose rows a decode step reads: those that any sequence keeps."""
+def _kept(model: Any, prompt: Tensor) -> tuple[float, float]:
+    """Shares of neurons whose rows a decode step reads: those that any sequence keeps, by the
+    gate's decision and in all."""
     modules = sparse_modules(model).values()
     union = _Union(prompt.shape[0])
     try:
@@ -186,7 +208,7 @@ def _kept(model: Any, prompt: Tensor) -> float:
     finally:
         for module in modules:
             module.catsparse_counter = None
-    return float(union.kept) / union.total
+    return float(union.keep) / union.total, float(union.kept) / union.total
 
 
 class _Union:
@@ -194,13 +216,15 @@ class _Union:
 
     def __init__(self, batch: int) -> None:
         self.batch, self.total = batch, 0
+        self.keep: Tensor | int = 0
         self.kept: Tensor | int = 0
 
     def __call__(self, keep: Tensor, kept: Tensor) -> None:
-        rows = keep.reshape(-1, keep.shape[-1])
-        if rows.shape[0] == self.batch:  # else it is the prompt's
-            self.kept = self.kept + rows.any(0).sum(dtype=torch.int64)
-            self.total += rows.shape[1]
+        neurons = keep.shape[-1]
+        if keep.numel() == self.batch * neurons:  # else it is the prompt's
+            self.keep = self.keep + keep.view(-1, neurons).any(0).sum(dtype=torch.int64)
+            self.kept = self.kept + kept.view(-1, neurons).any(0).sum(dtype=torch.int64)
+            self.total += neurons
 
 
 def _options(prompt: Tensor, new_tokens: int) -> dict[str, Any]:

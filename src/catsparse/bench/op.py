@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import bytes_skipped
 from ..errors import CatsparseError
 from ..kernels import ACTIVATIONS, dequantize, gated_mlp_reference
 from ..modules import SparseMLP, add_sparsity
@@ -236,9 +237,15 @@ class Setup:
         """A call reads a row if any of its tokens keeps the neuron; a preview is read whole."""
         pairs = zip(self.gates[by_preview], self.thresholds(sparsity, by_preview), strict=True)
         kept = [(gate > t).any(dim=1).float().mean() for gate, t in pairs]
-        share = (1 + by_preview + self.down_copy) / 3
-        copies = sum(t.nbytes for t in self.previews[0] if t is not None) if by_preview else 0
-        return share * (1 - float(torch.stack(kept).mean())) - copies / self.weight_bytes
+        dropped = 1 - float(torch.stack(kept).mean())
+        bits = self.modules[0].catsparse_preview_bits if by_preview else None
+        return bytes_skipped(
+            dropped,
+            dropped if self.down_copy else 0.0,
+            bits,
+            self.shape.hidden,
+            self.dtype.itemsize,
+        )
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         module = self.modules[layer]

@@ -37,8 +37,9 @@ class Row:
         impl: ``dense``: torch; in ``decode`` rows from a GPU, our step. ``dense_compiled``, on GPUs
             only: gate and up in one matrix, torch.compile; in ``decode`` rows the compiled step.
             ``transformers``: dense in its own loop, for ``decode`` on GPUs. ``catsparse``: at
-            sparsity 0 it keeps every neuron, by our kernel where the backend chose it. Or a
-            peer's name.
+            sparsity 0 it keeps every neuron, by our kernel where the backend chose it.
+            ``catsparse_preview4`` or ``8``: a gate preview of so many bits decides. Or a peer's
+            name.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
         tokens: tokens a call, or sequences of a decode step.
         context: tokens of the prompt before a decode step; 0 for ``op``.

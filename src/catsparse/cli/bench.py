@@ -107,6 +107,10 @@ def decode(
     ] = "32",
     batch: Annotated[str, typer.Option(help="Sequences at once; several by commas.")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
+    preview: Annotated[
+        int | None,
+        typer.Option(help="Also with a gate preview of so many bits; a folder has its own."),
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also dense by the compiled step; needs a GPU.")
     ] = False,
@@ -123,7 +127,9 @@ def decode(
 
     On a GPU, catsparse.generate, beside transformers' own loop: give 40 new tokens or more.
     """
+    check_preview(preview)
     from ..bench import append_rows, bench_decode
+    from ..surgery import state_of
 
     if (model is None) == (config is None):
         raise CatsparseError("name either a MODEL or a shape with --config")
@@ -137,9 +143,11 @@ def decode(
         raise CatsparseError("--compile needs a GPU; leave it out")
     make = _random if config is not None else _real
     name = config or model or ""
-    sparse, prompts = make(name, dtype, str(where), lengths, max(batches))
+    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview)
     rows = []
     variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
+    if state_of(sparse).config.preview is not None:
+        variants += len({*wanted} - {0.0})
     with _progress(len(cases) * variants * (rounds + 1), "generating") as advance:
         for size, length in cases:
             prompt = prompts[length][:size]
@@ -196,7 +204,7 @@ def tune(
 
 
 def _random(
-    name: str, dtype: str, device: str, lengths: list[int], count: int
+    name: str, dtype: str, device: str, lengths: list[int], count: int, preview: int | None
 ) -> tuple[Any, dict[int, Any]]:
     """A model, and ``count`` prompts of each length."""
     import torch
@@ -212,23 +220,25 @@ def _random(
     model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
-    calibration = calibrate(model, ids, data_name="random tokens", progress=False)
+    calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
     prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
     return sparsify(model, calibration), prompts
 
 
 def _real(
-    name: str, dtype: str, device: str, lengths: list[int], count: int
+    name: str, dtype: str, device: str, lengths: list[int], count: int, preview: int | None
 ) -> tuple[Any, dict[int, Any]]:
     from .. import hub
     from ..observation import calibrate
     from ..surgery import sparsify
     from .common import token_windows
 
+    if hub.is_artifact(name) and preview is not None:
+        raise CatsparseError(f"{name} has the preview it was saved with; leave --preview out")
     model, tokenizer = load(name, device, dtype)
     if not hub.is_artifact(name):
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
-        model = sparsify(model, calibrate(model, windows, data_name=source))
+        model = sparsify(model, calibrate(model, windows, data_name=source, preview=preview))
     prompts = {
         n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
     }
