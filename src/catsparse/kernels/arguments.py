@@ -26,6 +26,11 @@ class Call(NamedTuple):
     preview: Tensor | None = None
     preview_scale: Tensor | None = None
 
+    @property
+    def previews_products(self) -> bool:
+        """Whether the preview is of W_gate and W_up, and foretells g u."""
+        return self.preview is not None and self.preview.shape[0] != self.w_gate.shape[0]
+
     def made_contiguous(self) -> Call:
         """With vectors, preview and scales whose pointers are enough."""
         vectors = {
@@ -76,8 +81,10 @@ def _is_preview(preview: Tensor | None, scale: Tensor | None, w_gate: Tensor) ->
         return preview is scale
     if preview.dim() != 2 or not (bits := preview_bits(preview, w_gate.shape[1])):
         return False
+    rows = preview.shape[0]
     return (
-        (preview.shape, scale.shape) == preview_shapes(w_gate.shape[0], w_gate.shape[1], bits)
+        rows in (w_gate.shape[0], 2 * w_gate.shape[0])
+        and (preview.shape, scale.shape) == preview_shapes(rows, w_gate.shape[1], bits)
         and (preview.dtype, scale.dtype) == (torch.uint8, torch.bfloat16)
         and preview.device == scale.device == w_gate.device
     )

@@ -91,6 +91,7 @@ def _fits(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     return (
         belong_together(call)
+        and not call.previews_products
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and x.numel() <= MAX_OP_TOKENS * x.shape[-1]

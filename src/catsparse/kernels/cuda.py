@@ -259,7 +259,11 @@ def _masked_matmuls(call: Call) -> Tensor:
         g = decided = ACTIVATIONS[act](gate)
         if preview is not None and scale is not None:
             copy = dequantize(preview, scale, w_gate.shape[1], x.dtype)
-            decided = ACTIVATIONS[act](torch.mm(rows, copy.t(), out_dtype=torch.float32))
+            decided = torch.mm(rows, copy.t(), out_dtype=torch.float32)
+            foretold = decided.split(w_gate.shape[0], dim=-1)
+            decided = ACTIVATIONS[act](foretold[0])
+            if call.previews_products:
+                decided = decided * foretold[1]
         h = g * u.float()
         keep = keep_mask(decided, h, threshold, product)
         h = torch.where(keep, h if mean is None else h - mean, 0.0).to(x.dtype)
@@ -342,6 +346,7 @@ def _fits(call: Call) -> bool:
     previews = [t for t in (call.preview, call.preview_scale) if t is not None]
     return (
         belong_together(call)
+        and not call.previews_products
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
         and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t, *previews))

@@ -1,6 +1,6 @@
-"""A gate preview: W_gate in 4 or 8 bits, enough to decide which neurons live.
+"""A preview: W_gate, or W_gate and W_up, in 4 or 8 bits, enough to decide which neurons live.
 
-Symmetric, round to nearest, in groups of 64 along the input. A scale has so few significant bits
+Of W_gate alone it foretells a neuron's gate g, of both its product h = g u. Symmetric, round to nearest, in groups of 64 along the input. A scale has so few significant bits
 that every value of the preview is exact in bf16: dense matmuls on it decide as the kernels do.
 """
 
@@ -19,11 +19,11 @@ def groups_of(hidden: int) -> int:
     return -(-hidden // GROUP)
 
 
-def preview_shapes(neurons: int, hidden: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the packed preview (uint8) and of its scales (bf16)."""
+def preview_shapes(rows: int, hidden: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of a packed preview of so many rows (uint8) and of its scales (bf16)."""
     groups = groups_of(hidden)
     padded = -(-groups // SCALE_GROUPS) * SCALE_GROUPS
-    return (neurons, groups * GROUP * bits // 8), (neurons, padded)
+    return (rows, groups * GROUP * bits // 8), (rows, padded)
 
 
 def preview_bits(preview: Tensor, hidden: int) -> int:
@@ -33,19 +33,22 @@ def preview_bits(preview: Tensor, hidden: int) -> int:
 
 
 @torch.no_grad()
-def make_preview(w_gate: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize W_gate.
+def make_preview(w_gate: Tensor, bits: int, w_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize W_gate or, for a preview of products, W_gate and W_up.
 
     Args:
         w_gate: ``[I, H]`` of any float dtype.
         bits: 4 or 8.
+        w_up: ``[I, H]``; None for a preview of the gate.
 
     Returns:
-        The packed preview, uint8, and its scales, bf16; see :func:`preview_shapes`. A weight is
+        The packed preview, uint8, and its scales, bf16, I rows each, or of products 2 I, those of
+        W_gate first; see :func:`preview_shapes`. A weight is
         ``scale * (n - 2^(bits - 1))``. 8 bits: byte j of a row is n of input j. 4 bits: byte j of
         a group of 32 bytes holds n of its input j in the low half, of j + 32 in the high one.
     """
-    parts = [_quantize(rows, bits) for rows in w_gate.detach().split(_ROWS)]
+    weights = (w_gate,) if w_up is None else (w_gate, w_up)
+    parts = [_quantize(rows, bits) for w in weights for rows in w.detach().split(_ROWS)]
     packed, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return packed, scale
 
@@ -74,13 +77,13 @@ def _round_up(values: Tensor, significant: int) -> Tensor:
 
 
 def dequantize(preview: Tensor, scale: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-    """The preview as ``[I, H]`` of ``dtype``; exact in bf16 and fp32."""
-    neurons, groups = preview.shape[0], groups_of(hidden)
+    """The preview as ``[rows, H]`` of ``dtype``; exact in bf16 and fp32."""
+    count, groups = preview.shape[0], groups_of(hidden)
     bits = preview_bits(preview, hidden)
-    n = preview.view(neurons, groups, -1)
+    n = preview.view(count, groups, -1)
     if bits == 4:
         n = torch.cat([n & 15, n >> 4], dim=-1)
     q = n.to(dtype) - 2 ** (bits - 1)
     w = q * scale[:, :groups, None].to(dtype)
-    rows: Tensor = w.view(neurons, -1)
+    rows: Tensor = w.view(count, -1)
     return rows[:, :hidden]

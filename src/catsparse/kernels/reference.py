@@ -59,12 +59,30 @@ def masked_hidden(
         u: ``[..., I]`` up projection.
         threshold, product_threshold: of :func:`keep_mask`.
         mean: ``[I]`` or None.
-        preview: ``[..., I]`` the activated gate preview, which then decides instead of g.
+        preview: ``[..., I]`` from :func:`preview_of`, which then decides instead of g.
     """
     h = g * u
     keep = keep_mask(g if preview is None else preview, h, threshold, product_threshold)
     fill = h.new_zeros(()) if mean is None else mean.to(h.dtype)
     return torch.where(keep, h, fill)
+
+
+def preview_of(
+    x: Tensor, preview: Tensor, scale: Tensor, neurons: int, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What the preview foretells, ``[..., I]``: the activated gate g, or the product g u.
+
+    Args:
+        x: ``[..., H]``.
+        preview, scale: from :func:`catsparse.kernels.preview.make_preview`.
+        neurons: I.
+        act: the activation.
+    """
+    z = F.linear(x, dequantize(preview, scale, x.shape[-1], x.dtype))
+    if preview.shape[0] == neurons:
+        return act(z)
+    gate, up = z.chunk(2, dim=-1)
+    return act(gate) * up
 
 
 def gated_mlp_reference(
@@ -83,8 +101,7 @@ def gated_mlp_reference(
     """Plain torch form of :func:`catsparse.kernels.gated_mlp`; same arguments and result."""
     g = decided = ACTIVATIONS[act](F.linear(x, w_gate))
     if preview is not None and preview_scale is not None:
-        copy = dequantize(preview, preview_scale, w_gate.shape[1], x.dtype)
-        decided = ACTIVATIONS[act](F.linear(x, copy))
+        decided = preview_of(x, preview, preview_scale, w_gate.shape[0], ACTIVATIONS[act])
     h = g * F.linear(x, w_up)
     keep = keep_mask(decided, h, threshold, product_threshold)
     if mean is not None:
