@@ -34,7 +34,8 @@ BY_HAND: dict[str, Callable[[float], float]] = {
 class Case:
     """Random weights and tokens; thresholds lie in gaps of |g|, so no rounding flips a decision.
 
-    With ``quantize`` (weight -> packed, scales), |g| is that of the gate preview, of so many bits.
+    With ``quantize`` (make_preview), |g| is that of the preview, of so many bits; with ``products``
+    |g u| is, of a preview of both weights.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Case:
         compensated: bool = False,
         seed: int = 0,
         columns: int = 0,
-        quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        quantize: Callable[..., tuple[Tensor, Tensor]] | None = None,
         bits: int = 4,
         second: bool = False,
+        products: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -65,7 +67,8 @@ class Case:
         self.mean = 0.1 * normal(neurons).float() if compensated else None
         self.bias = None if self.mean is None else self.mean @ self.w_down_t.float()
         self.bits = bits
-        self.preview = quantize(self.w_gate, bits) if quantize else None
+        self.products, up = products, self.w_up if products else None
+        self.preview = quantize(self.w_gate, bits, up) if quantize else None
         self.threshold = _thresholds(abs(self.deciding_by_hand()), per_neuron, 2)
         self.product_threshold: Tensor | None = None
         if second:
@@ -79,18 +82,21 @@ class Case:
         return g
 
     def deciding_by_hand(self) -> NDArray[np.float64]:
-        """The activated gate or, if there is one, its preview."""
+        """The activated gate or, if there is one, its preview, or the product's."""
         if self.preview is None:
             return self.gate_by_hand()
         packed, scale = self.preview[0].numpy(), self.preview[1].double().numpy()
-        inputs = np.arange(self.x.shape[1])
+        rows, inputs = np.arange(len(packed))[:, None], np.arange(self.x.shape[1])
         group, place = inputs // 64, inputs % 64
-        if self.bits == 8:
-            n = packed[:, inputs]
-        else:
-            byte = packed[:, 32 * group + place % 32]
-            n = np.where(place < 32, byte % 16, byte // 16)
-        return self.gate_by_hand(scale[:, group] * (n - 2.0 ** (self.bits - 1)))
+        at = inputs if self.bits == 8 else 32 * group + place % 32
+        whole = at < packed.shape[1] // 256 * 256  # runs of 64 bytes, swapped in whole fours
+        n = packed[rows, np.where(whole, at ^ rows % 4 * 64, at)]
+        if self.bits == 4:
+            n = np.where(place < 32, n % 16, n // 16)
+        weights = scale[:, group] * (n - 2.0 ** (self.bits - 1))
+        neurons = len(self.w_gate)
+        g = self.gate_by_hand(weights[:neurons])
+        return g * (self.x.double().numpy() @ weights[neurons:].T) if self.products else g
 
     def by_hand(self) -> NDArray[np.float64]:
         """y = sum over kept i of (g_i u_i - mean_i) w_i + bias, one term at a time."""
@@ -191,12 +197,14 @@ PREVIEW_SIZES = [
 
 
 def preview_cases(dtype: torch.dtype, quantize: Any) -> Iterator[Case]:
-    """A case of every size in 4 and 8 bits, two of three with a second decision."""
+    """A case of every size in 4 and 8 bits, of the gate and of products, two of three with a second
+    decision."""
     for seed, (hidden, neurons, columns, tokens) in enumerate(PREVIEW_SIZES):
         act = list(BY_HAND)[seed % 4]
         for bits in (4, 8):
             rest = (bits % 8 == 0, seed % 2 == 0, seed, columns, quantize, bits, seed % 3 > 0)
-            yield Case(hidden, neurons, tokens, act, dtype, *rest)
+            for products in (False, True):
+                yield Case(hidden, neurons, tokens, act, dtype, *rest, products)
 
 
 def by_rows(w_down_t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the tests of the GPU kernels share: random problems with their truth in fp64.
 
-A case may have a gate preview, whose activations then decide, and a second decision.
+A case may have a preview of the gate or of products, which then decides, and a second decision.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Case:
         tokens: int,
         bits: int = 0,
         second: str = "",
+        products: bool = False,
     ) -> None:
         torch.manual_seed(hidden + neurons)
         self.dtype, self.act, self.neurons = dtype, act, neurons
@@ -64,9 +65,12 @@ class Case:
         self.h = self.g * (self.x.double() @ up.T)
         self.decided, self.extra = self.g, {}
         if bits:
-            packed, scale = make_preview(self.weights[0], bits)
-            copy = dequantize(packed, scale, hidden, torch.float64)
-            self.decided = ACTIVATIONS[act](self.x.double() @ copy.T)
+            up_too = self.weights[1] if products else None
+            packed, scale = make_preview(self.weights[0], bits, up_too)
+            foretold = self.x.double() @ dequantize(packed, scale, hidden, torch.float64).T
+            self.decided = ACTIVATIONS[act](foretold[:, :neurons])
+            if products:
+                self.decided = self.decided * foretold[:, neurons:]
             self.extra = {"preview": packed, "preview_scale": scale}
         self.stays = torch.ones_like(self.h, dtype=torch.bool)
         if second:

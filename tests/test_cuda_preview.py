@@ -1,4 +1,4 @@
-"""The CUDA kernel with a gate preview and a second decision, on a GPU: against fp64."""
+"""The CUDA kernel with previews and a second decision, on a GPU: against fp64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from catsparse.kernels import Call, cuda
+from catsparse.kernels import Call, cuda, gated_mlp_reference
 from gpu_op import HOPPER, TOLERANCE, Case, only
 
 pytestmark = HOPPER
@@ -43,20 +43,29 @@ def test_preview_and_second_decision(
         Case(*shape, bits=bits, second=second).check("cuda")
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_preview_of_products(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    for bits, second in ((4, ""), (8, ""), (4, "vector")):
+        Case(*shape, bits=bits, second=second, products=True).check("cuda")
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_many_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    for bits, second in itertools.product((0, 4, 8), ("", "scalar", "vector")):
-        case = Case(dtype, 512, 701, 520, "silu", 11, bits=bits, second=second)
+    kinds = ((0, False), (4, False), (8, False), (4, True))
+    for (bits, products), second in itertools.product(kinds, ("", "scalar", "vector")):
+        case = Case(dtype, 512, 701, 520, "silu", 11, bits, second, products)
         for threshold in (case.cut(0.5), case.cut(0.97)):
             for backend in ("auto", "cuda"):
                 y = case.call(threshold, True, backend=backend)
                 assert case.error(y, threshold, True) < TOLERANCE[dtype], (bits, second, backend)
 
 
-def test_dropped_rows_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_dropped_rows_are_not_read(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    case = Case(torch.bfloat16, 1024, 3000, 1024, "silu", 2, bits=4, second="vector")
+    case = Case(torch.bfloat16, 1024, 3000, 1024, "silu", 2, 4, "vector", products)
     threshold = case.cut(0.6)
     expected = case.call(threshold, True)
     gated = (case.decided.abs() > threshold).any(dim=0)
@@ -70,11 +79,25 @@ def test_dropped_rows_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hostile_scales(hostile: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """They touch the neuron they belong to, and no other."""
     only(monkeypatch)
-    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4)
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4, products=True)
     case.extra["preview_scale"][17, 3] = hostile
+    case.extra["preview_scale"][917, 3] = hostile
     case.weights[2][17] = 0  # whatever is decided there
     y = case.call(case.cut(0.5), False)
     assert case.error(y, case.cut(0.5), False) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_an_input_that_is_not_finite(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never taken for a number: the neurons that the reference keeps are kept."""
+    only(monkeypatch)
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4)
+    case.x[0, 77] = bad
+    threshold = case.cut(0.5)
+    decided = case.call(threshold, False)
+    arguments = (case.x, *case.weights, threshold, case.act, None, None, None)
+    expected = gated_mlp_reference(*arguments, *case.extra.values())
+    assert torch.equal(decided.isnan(), expected.isnan())
 
 
 def test_what_does_not_fit_runs_elsewhere() -> None:

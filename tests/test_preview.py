@@ -7,11 +7,14 @@ import torch
 
 from catsparse.kernels.preview import (
     GROUP,
+    RUN,
     SCALE_GROUPS,
+    PreviewKind,
     dequantize,
     groups_of,
     make_preview,
     preview_bits,
+    preview_kind,
     preview_shapes,
 )
 
@@ -44,6 +47,31 @@ def test_eight_bits_byte_by_byte() -> None:
     padded = torch.cat([w, torch.zeros(2, 28)], 1)
     assert packed.tolist() == (padded.int() + 128).tolist()
     assert scale.tolist() == [[1, 1] + [0] * 6] * 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_runs_change_places_by_row(bits: int) -> None:
+    """Run i of 64 bytes of row r lies at i XOR r mod 4; a rest of a whole four where it was."""
+    torch.manual_seed(0)
+    w = torch.randn(1, 7 * RUN * 8 // bits).expand(6, -1)
+    packed, _ = make_preview(w, bits)
+    runs = packed.view(6, 7, RUN)
+    for row in range(6):
+        for run in range(7):
+            assert torch.equal(runs[row, run ^ row % 4 if run < 4 else run], runs[0, run])
+
+
+def test_of_products_it_is_both_weights() -> None:
+    torch.manual_seed(0)
+    w_gate, w_up = torch.randn(5, 70), torch.randn(5, 70)
+    packed, scale = make_preview(w_gate, 8, w_up)
+    assert preview_kind(packed, 5, 70) == PreviewKind(8, products=True)
+    assert preview_kind(packed[:5], 5, 70) == PreviewKind(8, products=False)
+    copy = dequantize(packed, scale, 70, torch.float32)
+    assert (copy - torch.cat([w_gate, w_up])).abs().max() < 0.04
+    assert torch.equal(
+        copy, dequantize(*make_preview(torch.cat([w_gate, w_up]), 8), 70, copy.dtype)
+    )
 
 
 def test_by_hand() -> None:
@@ -142,7 +170,7 @@ def test_rows_are_made_apart_and_the_weight_is_left_alone(bits: int) -> None:
     w = torch.randn(1030, 65, requires_grad=True)
     packed, scale = make_preview(w, bits)
     assert not scale.requires_grad
-    for row in (0, 1023, 1024, 1029):
+    for row in (0, 1023, 1024, 1029):  # narrower than a block of runs: in the same order
         one = make_preview(w[row : row + 1], bits)
         assert torch.equal(packed[row : row + 1], one[0])
         assert torch.equal(scale[row : row + 1], one[1])

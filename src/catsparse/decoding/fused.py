@@ -22,7 +22,7 @@ from ..kernels import Call, gated_mlp
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch, why_not_sizes
 from ..kernels.linear import linear
-from ..kernels.preview import preview_bits
+from ..kernels.preview import preview_kind
 from ..kernels.stream import Norm, rms_norm
 from ..surgery import run_dense
 from .cache import WindowCache
@@ -175,9 +175,9 @@ class FusedStep:
     def _takes_preview(self, mlp: Mlp, preview: Tensor) -> bool:
         """Whether tiles of it fit into the kernel's shared memory beside all else."""
         neurons, hidden = mlp.gate.shape
-        bits = preview_bits(preview, hidden)
-        sizes = (hidden, neurons, mlp.down.shape[0], bits)
-        return why_not_sizes(preview.device, mlp.gate.dtype, *sizes) is None
+        kind = preview_kind(preview, neurons, hidden)
+        sizes = (hidden, neurons, mlp.down.shape[0])
+        return why_not_sizes(preview.device, mlp.gate.dtype, *sizes, kind) is None
 
     @classmethod
     def try_build(cls, model: Any, cache: WindowCache, batch: int) -> FusedStep | None:

@@ -106,10 +106,11 @@ def gated_mlp(
         bias: ``[H_out]`` fp32, w_down @ mean.
         product_threshold: fp32, 0-d or ``[I]``: a second decision, made before a row of w_down_t is
             read; neuron i must also have |g_i u_i| > product_threshold_i to be kept.
-        preview: from :func:`catsparse.kernels.preview.make_preview`, W_gate in 4 or 8 bits (I rows):
-            then g in the first decision is act(preview x), and w_gate's rows of kept neurons only
-            are read. Or W_gate and W_up (2 I rows): then the first decision is on the product, and
-            neuron i is kept iff |act(preview_gate x)_i (preview_up x)_i| > threshold_i.
+        preview: from :func:`catsparse.kernels.preview.make_preview`. W_gate in 4 or 8 bits (I
+            rows): then g in the first decision is act(preview x), and w_gate's rows of kept
+            neurons only are read. W_gate and W_up (2 I rows): then the first decision is on the
+            product, and neuron i is kept iff |act(gate preview x)_i (up preview x)_i| exceeds
+            threshold_i.
         preview_scale: its scales.
         backend: on a GPU, ``auto`` (the fastest for so many tokens), ``cuda`` (the CUDA kernel for
             any number of them) or ``triton``, if it takes the call; a CPU has one kernel only.

@@ -2,9 +2,9 @@
  *
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
  *
- * With a preview of w_gate, act(preview x) decides in g's place; with a product threshold, kept
- * neurons must also have |g u| above it. Three passes, each shared out to the threads in long runs
- * that get shorter:
+ * With a preview of w_gate, act(preview x) decides in g's place; with one of w_up, too, that product
+ * in g u's. With a product threshold, kept neurons must also have |g u| above it. Three passes, each
+ * shared out to the threads in long runs that get shorter:
  *   1. gate dots of all neurons, or their previews', activation and comparison;
  *   2. up dots of the kept neurons, after a preview gate dots too; the second decision;
  *   3. by segments of the kept neurons and tiles of output columns: rows of w_down_t, in order.
@@ -48,10 +48,11 @@ typedef struct {
     int32_t act, threads;
     int32_t down_transposed; /* w_down is [neurons, columns]; else [columns, neurons] */
     int32_t preview_bits;
+    int32_t preview_products; /* whether w_up's preview follows w_gate's */
 } Problem;
 
-/* How x lies for its dots with the preview. */
-static int in_pairs(const Problem *p) { return HAS_PAIRS && p->dtype == 1; }
+/* How x lies for its dots with the preview: floats have more bits than two digits. */
+static int in_digits(const Problem *p) { return HAS_DIGITS && p->dtype != 0; }
 
 static float activate(float z, int32_t act) {
     switch (act) {
@@ -113,11 +114,12 @@ static float activate(float z, int32_t act) {
     static void NAME##_gates(const Problem *p, const float *x, int64_t x_stride, int64_t first,    \
                              int64_t last, float *factors, uint8_t *kept) {                        \
         int64_t tokens = p->tokens;                                                                \
-        float g[BLOCK][MAX_TOKENS];                                                                \
-        if (p->preview)                                                                            \
-            preview_dots(p->preview, p->preview_scale, p->preview_bits, in_pairs(p), first, last,  \
-                         p->neurons, x, x_stride, p->hidden, tokens, g);                           \
-        else                                                                                       \
+        float g[BLOCK][MAX_TOKENS], u[BLOCK][MAX_TOKENS];                                          \
+        for (int part = 0; p->preview && part <= p->preview_products; part++)                      \
+            preview_dots(p->preview, p->preview_scale, p->preview_bits, in_digits(p),              \
+                         part * p->neurons, first, last, p->neurons, x, x_stride, p->hidden,       \
+                         tokens, part ? u : g);                                                    \
+        if (!p->preview)                                                                           \
             NAME##_dots(p->w_gate, p->gate_stride, NULL, first, last, p->neurons, x, x_stride,     \
                         p->hidden, tokens, g);                                                     \
         for (int64_t i = first; i < last; i++) {                                                   \
@@ -126,6 +128,7 @@ static float activate(float z, int32_t act) {
             kept[i] = 0;                                                                           \
             for (int64_t t = 0; t < tokens; t++) {                                                 \
                 float value = activate(g[i - first][t], p->act);                                   \
+                if (p->preview_products) value *= u[i - first][t];                                 \
                 int keep = fabsf(value) > threshold;                                               \
                 kept[i] |= (uint8_t)keep;                                                          \
                 factor[t] = keep ? value : NAN;                                                    \
@@ -278,7 +281,7 @@ int catsparse_gated_mlp(const Problem *p) {
     if (p->preview) memset(x, 0, x_size * sizeof *x); /* inputs that fill up the last chunk */
     kernel->widen(p, x, x_stride);
     for (int64_t t = 0; p->preview && t < tokens; t++)
-        lay_out(x + t * x_stride, x_stride, p->preview_bits, in_pairs(p), laid + t * x_stride);
+        lay_out(x + t * x_stride, x_stride, p->preview_bits, in_digits(p), laid + t * x_stride);
 #pragma omp parallel num_threads(p->threads)
     {
 #pragma omp for schedule(guided, 1)

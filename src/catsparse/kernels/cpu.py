@@ -29,7 +29,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "down_stride")),
         *((name, ctypes.c_int64) for name in ("threshold_stride", "product_stride")),
         *((name, ctypes.c_int32) for name in ("dtype", "act", "threads", "down_transposed")),
-        ("preview_bits", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("preview_bits", "preview_products")),
     ]
 
 
@@ -80,6 +80,7 @@ def gated_mlp_cpu(call: Call) -> Tensor:
         torch.get_num_threads(),
         transposed,
         0 if call.preview is None else preview_bits(call.preview, rows.shape[1]),
+        call.previews_products,
     )
     if library.catsparse_gated_mlp(ctypes.byref(problem)):
         raise MemoryError(f"no memory for the work space of {w_gate.shape[0]} neurons")
@@ -91,7 +92,6 @@ def _fits(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     return (
         belong_together(call)
-        and not call.previews_products
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and x.numel() <= MAX_OP_TOKENS * x.shape[-1]

@@ -1,12 +1,15 @@
-/* Dots with the gate preview: W_gate in 4 or 8 bits, groups of 64 inputs to a scale (preview.py).
+/* Dots with a preview: W_gate or W_up in 4 or 8 bits, groups of 64 inputs to a scale (preview.py).
  *
  * A weight is scale * (n - 2^(bits - 1)). 8 bits: byte j of a group is input j. 4 bits: the low
- * half of byte j is input j, the high half input j + 32. A row is read in chunks of one vector of
- * 32-bit words; field k of each word, 4 or 8 of its bits, meets vector k of the chunk's inputs,
- * which are laid out in that order beforehand: no byte moves from its lane.
+ * half of byte j is input j, the high half input j + 32. A row is read in chunks of one vector;
+ * field k of each word or byte of it, 4 or 8 bits, meets vector k of the chunk's inputs, which are
+ * laid out in that order beforehand: no byte moves from its lane. Runs of 64 bytes have changed
+ * places within whole blocks of four: run i of row r lies at i XOR r mod 4.
  */
 #ifndef CATSPARSE_CPU_PREVIEW_H
 #define CATSPARSE_CPU_PREVIEW_H
+
+#include <math.h>
 
 #include "cpu_vectors.h"
 
@@ -15,6 +18,14 @@
 /* Inputs of the widest chunk: what x is padded to. */
 #define CHUNK_INPUTS 128
 #define CHUNK (4 * LANES) /* bytes */
+#define RUN 64            /* bytes */
+#define RUNS_OF_BLOCK 4
+
+/* Where byte j of a row of so many bytes lies. */
+static inline int64_t place_of(int64_t j, int64_t row, int64_t bytes) {
+    return j < bytes / (RUN * RUNS_OF_BLOCK) * (RUN * RUNS_OF_BLOCK)
+               ? j ^ row % RUNS_OF_BLOCK * RUN : j;
+}
 
 static inline words load_words(const uint8_t *p, int64_t bytes) {
     words value = {0};
@@ -51,56 +62,34 @@ static inline floats load_scale(const uint16_t *p, int bits) {
     return (floats)(none + ((uint32_t)*p << 16));
 }
 
-static inline floats multiply_add(floats sum, floats w, floats value) { return sum + w * value; }
+/* As DEFINE_DOT of cpu.c: rows of so many bytes and their scales, x as lay_out() leaves it; `place`
+ * tells the order of their runs. */
+#define DOT_ARGUMENTS                                                                              \
+    const uint8_t *const *row, const uint8_t *const *next, const uint16_t *const *scale,           \
+        const int64_t *place, const float *x, int64_t x_stride, int64_t bytes,                     \
+        float (*out)[MAX_TOKENS]
+#define LOAD_ROWS(N, J)                                                                            \
+    UNROLL for (int r = 0; r < ROWS; r++) {                                                        \
+        FETCH(next[r] + (J));                                                                      \
+        N[r] = load_words(row[r] + place_of(J, place[r], bytes), least(CHUNK, bytes - (J)));       \
+    }
+#define FINISH(COUNT)                                                                              \
+    UNROLL for (int r = 0; r < ROWS; r++)                                                          \
+        UNROLL for (int t = 0; t < COUNT; t++) out[r][t] = total(sum[r][t]);
 
-/* Where the machine multiplies pairs of bfloat16 and adds them in float, bfloat16 x is left as it
- * is: weights but for their scale are exact in bfloat16 too. Subnormal x is 0 there. */
-#if defined(__AVX512BF16__) && LANES == 16
-#define HAS_PAIRS 1
-#define TWICE(...) {__VA_ARGS__, __VA_ARGS__} /* an index has 5 bits, the highest of them foreign */
-
-/* n - 8 of field k, 4 bits of each 16-bit word; 8 bits: n - 128 is the sum of its two halves'. */
-static inline floats field_pairs(words n, int bits, int k) {
-    typedef uint16_t table __attribute__((vector_size(64)));
-    /* -8 to 7; 0 to 15; -128 to 112 in steps of 16 */
-    const table steps = TWICE(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                              0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
-    const table low = TWICE(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                            0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170);
-    const table high = TWICE(0xc300, 0xc2e0, 0xc2c0, 0xc2a0, 0xc280, 0xc240, 0xc200, 0xc180,
-                             0, 0x4180, 0x4200, 0x4240, 0x4280, 0x42a0, 0x42c0, 0x42e0);
-    table index = (table)n >> 4 * k;
-    return (floats)_mm512_permutexvar_epi16(
-        (__m512i)index, (__m512i)(bits == 4 ? steps : k % 2 ? high : low));
-}
-static inline floats multiply_add_pairs(floats sum, floats w, floats value) {
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)value);
-}
-#else
-#define HAS_PAIRS 0
-#endif
-
-/* As DEFINE_DOT of cpu.c: rows of so many bytes and their scales, x as lay_out() leaves it. */
-#define DEFINE_PREVIEW_DOT(NAME, BITS, COUNT, FIELDS, FIELD, ADD)                                  \
-    static void NAME(const uint8_t *const *row, const uint8_t *const *next,                        \
-                     const uint16_t *const *scale, const float *x, int64_t x_stride,               \
-                     int64_t bytes, float (*out)[MAX_TOKENS]) {                                    \
+#define DEFINE_PREVIEW_DOT(NAME, BITS, COUNT)                                                      \
+    static void NAME(DOT_ARGUMENTS) {                                                              \
         floats sum[ROWS][COUNT] = {{{0}}};                                                         \
-        for (int64_t j = 0; j < bytes; j += CHUNK, x += FIELDS * LANES) {                          \
+        for (int64_t j = 0; j < bytes; j += CHUNK, x += 32 / BITS * LANES) {                       \
             words n[ROWS];                                                                         \
             floats part[ROWS][COUNT] = {{{0}}};                                                    \
-            UNROLL for (int r = 0; r < ROWS; r++) {                                                \
-                FETCH(next[r] + j);                                                                \
-                n[r] = j + CHUNK <= bytes ? load_words(row[r] + j, CHUNK)                          \
-                                          : load_words(row[r] + j, bytes - j);                     \
-            }                                                                                      \
-            _Pragma("GCC unroll 8") for (int k = 0; k < FIELDS; k++) {                             \
+            LOAD_ROWS(n, j)                                                                        \
+            _Pragma("GCC unroll 8") for (int k = 0; k < 32 / BITS; k++) {                          \
                 floats w[ROWS];                                                                    \
-                UNROLL for (int r = 0; r < ROWS; r++) w[r] = FIELD(n[r], BITS, k);                 \
+                UNROLL for (int r = 0; r < ROWS; r++) w[r] = field(n[r], BITS, k);                 \
                 UNROLL for (int t = 0; t < COUNT; t++) {                                           \
                     floats value = load_f32(x + t * x_stride + k * LANES, LANES);                  \
-                    UNROLL for (int r = 0; r < ROWS; r++)                                          \
-                        part[r][t] = ADD(part[r][t], w[r], value);                                 \
+                    UNROLL for (int r = 0; r < ROWS; r++) part[r][t] += w[r] * value;              \
                 }                                                                                  \
             }                                                                                      \
             UNROLL for (int r = 0; r < ROWS; r++) {                                                \
@@ -108,50 +97,128 @@ static inline floats multiply_add_pairs(floats sum, floats w, floats value) {
                 UNROLL for (int t = 0; t < COUNT; t++) sum[r][t] += part[r][t] * worth;            \
             }                                                                                      \
         }                                                                                          \
-        UNROLL for (int r = 0; r < ROWS; r++)                                                      \
-            UNROLL for (int t = 0; t < COUNT; t++) out[r][t] = total(sum[r][t]);                   \
+        FINISH(COUNT)                                                                              \
     }
-#define DEFINE_PREVIEW_DOTS(NAME, BITS, FIELDS, FIELD, ADD)                                        \
-    DEFINE_PREVIEW_DOT(NAME##_dot_one, BITS, 1, FIELDS, FIELD, ADD)                                \
-    DEFINE_PREVIEW_DOT(NAME##_dot_group, BITS, GROUP, FIELDS, FIELD, ADD)
+DEFINE_PREVIEW_DOT(preview_4_dot_one, 4, 1)
+DEFINE_PREVIEW_DOT(preview_4_dot_group, 4, GROUP)
+DEFINE_PREVIEW_DOT(preview_8_dot_one, 8, 1)
+DEFINE_PREVIEW_DOT(preview_8_dot_group, 8, GROUP)
 
-DEFINE_PREVIEW_DOTS(preview_4, 4, 8, field, multiply_add)
-DEFINE_PREVIEW_DOTS(preview_8, 8, 4, field, multiply_add)
-#if HAS_PAIRS
-DEFINE_PREVIEW_DOTS(pairs_4, 4, 4, field_pairs, multiply_add_pairs)
-DEFINE_PREVIEW_DOTS(pairs_8, 8, 4, field_pairs, multiply_add_pairs)
+/* Where the machine multiplies bytes and adds them in whole numbers, half-precision x is fixed
+ * point: 15 bits and a sign times a power of two for each group of 64 inputs, in two digits of 8
+ * bits. Sums over a group are exact. An infinity has a digit 1 of infinite worth, NaN makes NaN. */
+#if defined(__AVX512VNNI__) && LANES == 16
+#define HAS_DIGITS 1
+#define NUMBER_BITS 14 /* the largest of a group has so many, less a half */
+
+static inline float power_of_two(int n) { return from_bits((uint32_t)(n + 127) << 23); }
+
+/* The inputs of a run, by field, as digits; of the dots' lanes what a sum is worth, and the sum that
+ * n - 2^(bits - 1) takes from that of n. No larger than the inputs as floats. */
+#define DEFINE_DIGITS(BITS)                                                                        \
+    typedef struct {                                                                               \
+        int8_t high[8 / BITS][RUN], low[8 / BITS][RUN];                                            \
+        float unit[LANES];                                                                         \
+        int32_t offset[LANES];                                                                     \
+    } digits_##BITS;                                                                               \
+    static void lay_out_digits_##BITS(const float *x, int64_t n, void *out) {                      \
+        digits_##BITS *run = out;                                                                  \
+        for (int64_t first = 0; first < n; first += RUN * 8 / BITS, run++) {                       \
+            memset(run, 0, sizeof *run);                                                           \
+            for (int64_t i = first; i < first + RUN * 8 / BITS; i += PREVIEW_GROUP) {              \
+                float most = 0.0f;                                                                 \
+                for (int j = 0; j < PREVIEW_GROUP; j++) {                                          \
+                    float size = fabsf(x[i + j]);                                                  \
+                    size = size < INFINITY ? size : INFINITY;                                      \
+                    most = most < size ? size : most;                                              \
+                }                                                                                  \
+                int exponent = (int)(to_bits(most) >> 23) - 126;                                   \
+                int plain = most > 1e-30f && most < INFINITY;                                      \
+                float per_unit = plain ? power_of_two(NUMBER_BITS - exponent) : 0.0f;              \
+                float unit = plain ? power_of_two(exponent - NUMBER_BITS) : most < 1 ? 0 : most;   \
+                for (int j = 0; j < PREVIEW_GROUP; j++) {                                          \
+                    float v = x[i + j];                                                            \
+                    int32_t number = most < INFINITY ? (int32_t)lrintf(v * per_unit)               \
+                                     : v == INFINITY ? 1 : v == -INFINITY ? -1 : 0;                \
+                    int64_t group = (i - first) / PREVIEW_GROUP, size = PREVIEW_GROUP * BITS / 8;  \
+                    int64_t at = group * size + j % size, field = j / size;                        \
+                    run->low[field][at] = (int8_t)number;                                          \
+                    run->high[field][at] = (int8_t)((number + 128) >> 8);                          \
+                    run->unit[at / 4] = unit;                                                      \
+                    run->offset[at / 4] -= number << (BITS - 1);                                   \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+    }
+DEFINE_DIGITS(4)
+DEFINE_DIGITS(8)
+
+static inline ints add_products(ints sum, words n, const int8_t *digits) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)n, _mm512_loadu_si512(digits));
+}
+static inline ints load_ints(const int32_t *p) { return (ints)_mm512_loadu_si512(p); }
+
+#define DEFINE_DIGITS_DOT(NAME, BITS, COUNT)                                                       \
+    static void NAME(DOT_ARGUMENTS) {                                                              \
+        floats sum[ROWS][COUNT] = {{{0}}};                                                         \
+        const digits_##BITS *run = (const void *)x;                                                \
+        for (int64_t j = 0; j < bytes; j += RUN, run++) {                                          \
+            words n[ROWS];                                                                         \
+            LOAD_ROWS(n, j)                                                                        \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                                \
+                words fields[2] = {BITS == 4 ? n[r] & 0x0f0f0f0f : n[r], n[r] >> 4 & 0x0f0f0f0f};  \
+                floats worth = load_scale(scale[r] + j / (PREVIEW_GROUP * BITS / 8), BITS);        \
+                UNROLL for (int t = 0; t < COUNT; t++) {                                           \
+                    const digits_##BITS *here = (const void *)((const float *)run + t * x_stride); \
+                    ints high = {0}, low = load_ints(here->offset);                                \
+                    UNROLL for (int k = 0; k < 8 / BITS; k++) {                                    \
+                        high = add_products(high, fields[k], here->high[k]);                       \
+                        low = add_products(low, fields[k], here->low[k]);                          \
+                    }                                                                              \
+                    floats number = (floats)_mm512_cvtepi32_ps((__m512i)((high << 8) + low));      \
+                    sum[r][t] += number * (worth * load_f32(here->unit, LANES));                   \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        FINISH(COUNT)                                                                              \
+    }
+DEFINE_DIGITS_DOT(digits_4_dot_one, 4, 1)
+DEFINE_DIGITS_DOT(digits_4_dot_group, 4, GROUP)
+DEFINE_DIGITS_DOT(digits_8_dot_one, 8, 1)
+DEFINE_DIGITS_DOT(digits_8_dot_group, 8, GROUP)
+#else
+#define HAS_DIGITS 0
 #endif
 
-/* [whether x is in pairs][whether 8 bits][whether GROUP tokens] */
-static void (*const preview_dot[][2][2])(const uint8_t *const *, const uint8_t *const *,
-                                         const uint16_t *const *, const float *, int64_t, int64_t,
-                                         float (*)[MAX_TOKENS]) = {
+/* [whether x is in digits][whether 8 bits][whether GROUP tokens] */
+static void (*const preview_dot[][2][2])(DOT_ARGUMENTS) = {
     {{preview_4_dot_one, preview_4_dot_group}, {preview_8_dot_one, preview_8_dot_group}},
-#if HAS_PAIRS
-    {{pairs_4_dot_one, pairs_4_dot_group}, {pairs_8_dot_one, pairs_8_dot_group}},
+#if HAS_DIGITS
+    {{digits_4_dot_one, digits_4_dot_group}, {digits_8_dot_one, digits_8_dot_group}},
 #endif
 };
 
 /* One token's n inputs (whole widest chunks) in the order in which the dots read them. */
-static void lay_out(const float *x, int64_t n, int32_t bits, int pairs, float *out) {
-    int step = pairs ? 2 : 4; /* bytes of a word */
-    uint16_t *pair = (uint16_t *)out;
+static void lay_out(const float *x, int64_t n, int32_t bits, int digits, float *out) {
+#if HAS_DIGITS
+    if (digits) {
+        if (bits == 4) lay_out_digits_4(x, n, out);
+        else lay_out_digits_8(x, n, out);
+        return;
+    }
+#endif
     for (int64_t chunk = 0; chunk < n * bits / 8; chunk += CHUNK)
-        for (int k = 0; k < (pairs ? 4 : 32 / bits); k++)
-            for (int64_t word = chunk; word < chunk + CHUNK; word += step) {
-                int64_t byte = word + (pairs ? k / 2 : k * bits / 8);
-                float value = x[bits == 4 ? byte + (byte & ~31) + k % 2 * 32 : byte];
-                if (pairs)
-                    *pair++ = (uint16_t)(to_bits(value) >> 16);
-                else
-                    *out++ = value;
+        for (int k = 0; k < 32 / bits; k++)
+            for (int64_t word = chunk; word < chunk + CHUNK; word += 4) {
+                int64_t byte = word + k * bits / 8;
+                *out++ = x[bits == 4 ? byte + (byte & ~31) + k % 2 * 32 : byte];
             }
 }
 
-/* Dots of x ([tokens][x_stride], laid out) with the previews of neurons first..last out of
- * `neurons`, n inputs each. */
-static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t bits, int pairs,
-                         int64_t first, int64_t last, int64_t neurons, const float *x,
+/* Dots of x ([tokens][x_stride], laid out) with rows base + first .. base + last of a preview, n
+ * inputs each, out of the `rows` from base on. */
+static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t bits, int digits,
+                         int64_t base, int64_t first, int64_t last, int64_t rows, const float *x,
                          int64_t x_stride, int64_t n, int64_t tokens, float (*out)[MAX_TOKENS]) {
     int64_t groups = round_up(n, PREVIEW_GROUP) / PREVIEW_GROUP;
     int64_t bytes = groups * PREVIEW_GROUP * bits / 8;
@@ -159,17 +226,19 @@ static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t
     for (int64_t i = first; i < last; i += ROWS, out += ROWS) {
         const uint8_t *row[ROWS], *next[ROWS];
         const uint16_t *scale[ROWS];
+        int64_t place[ROWS];
         float sums[ROWS][MAX_TOKENS], (*sum)[MAX_TOKENS] = i + ROWS <= last ? out : sums;
         for (int r = 0; r < ROWS; r++) {
-            int64_t here = least(i + r, last - 1), ahead = least(i + ROWS + r, neurons - 1);
-            row[r] = preview + here * bytes;
-            next[r] = preview + ahead * bytes;
-            scale[r] = scales + here * scale_stride;
+            place[r] = base + least(i + r, last - 1);
+            row[r] = preview + place[r] * bytes;
+            next[r] = preview + (base + least(i + ROWS + r, rows - 1)) * bytes;
+            scale[r] = scales + place[r] * scale_stride;
         }
         for (int64_t t = 0; t < tokens;) {
             int group = t + GROUP <= tokens;
-            preview_dot[pairs][bits == 8][group](row, next, scale, x + t * x_stride, x_stride,
-                                                 bytes, (float(*)[MAX_TOKENS])(sum[0] + t));
+            preview_dot[digits][bits == 8][group](row, next, scale, place, x + t * x_stride,
+                                                  x_stride, bytes,
+                                                  (float(*)[MAX_TOKENS])(sum[0] + t));
             t += group ? GROUP : 1;
         }
         if (sum == sums) memcpy(out, sums, (size_t)(last - i) * sizeof *out);

@@ -1,7 +1,7 @@
 /* catsparse::gated_mlp on NVIDIA GPUs from Hopper on, for one to four tokens:
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
- * With a gate preview, its rows take the place of w_gate's in the decision, and w_gate's rows of
- * kept neurons are read after it. With a second decision, a neuron whose |g u| is at most its
+ * With a preview of w_gate, its rows take the place of w_gate's in the decision, and w_gate's rows of
+ * kept neurons are read after it; with one of w_up, too, their product decides. With a second decision, a neuron whose |g u| is at most its
  * product threshold is dropped, too, before its row of w_down_t is asked for.
  *
  * A block owns a slice of the neurons. One thread of it, the producer, asks the bulk copy engine
@@ -70,12 +70,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     __shared__ int upto[1 + SECOND][CHUNKS], warp_counts[1 + SECOND][CHUNKS][WARPS];
     char *after_stages = memory + p.stages * p.stage;
 #if PREVIEW
-    int x_stride = p.preview.groups * GROUP;
-    weight_t *x_row = (weight_t *)after_stages; /* [TOKENS, x_stride] */
-    after_stages += TOKENS * x_stride * SIZE;
+    weight_t *x_row = (weight_t *)after_stages; /* [TOKENS, INPUTS], first their digits */
+    float *units = (float *)(after_stages + TOKENS * INPUTS * SIZE); /* [TOKENS, ROW_GROUPS] */
+    after_stages = (char *)(units + TOKENS * ROW_GROUPS);
 #endif
-    float *dots = (float *)after_stages;                /* [capacity, TOKENS, PITCH] */
-    float *hidden = dots + p.capacity * TOKENS * PITCH; /* [capacity, TOKENS]: g of kept, then h */
+    float *dots = (float *)after_stages; /* [capacity, TOKENS, PITCH], of w_up's preview after it */
+    float *up_dots = dots + p.capacity * TOKENS * PITCH;
+    float *hidden = PRODUCTS ? up_dots + (up_dots - dots) : up_dots; /* [capacity, TOKENS]: g of
+                                                                       kept, then h */
     int *list = (int *)(hidden + p.capacity * TOKENS);  /* [capacity]: kept neurons, their tokens */
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -112,8 +114,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             }
         };
 #if PREVIEW
-        for (int k = 0; k < (count + TILE - 1) / TILE * TILE; k += STAGE_ROWS)
-            p.preview.fill(ring, first + k, max(0, min(STAGE_ROWS, count - k)), policy);
+        for (int k = 0; k < count; k += TILE)
+            for (int row = first; row <= first + PRODUCTS * p.neurons; row += p.neurons)
+                for (int i = k; i < k + TILE; i += STAGE_ROWS)
+                    p.preview.fill(ring, row + i, max(0, min(STAGE_ROWS, count - i)), policy);
         fill_chunks(0, p.w_gate, p.gate_stride, bytes);
         for (int k = 0; k < kept; k += ROWS)
             ring.fill(min(ROWS, kept - k), bytes, policy,
@@ -148,18 +152,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     float xs[TOKENS][COLUMNS * VEC];
     load_x(p.x, p.tokens, p.hidden, p.norm, xs);
 #if PREVIEW
+    to_digits(xs, (signed char *)x_row, units);
+    consumers_sync();
+    Fragments fragments;
+    fragments.load((const signed char *)x_row, units);
+    consumers_sync();
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
+    for (int t = 0; t < TOKENS; t++)
 #pragma unroll
         for (int i = 0; i < COLUMNS * VEC; i++) {
             int at = (tid + i / VEC * THREADS) * VEC + i % VEC;
-            if (at < p.hidden) x_row[t * x_stride + at] = round_to_weight(xs[t][i]);
+            if (at < p.hidden) x_row[t * INPUTS + at] = round_to_weight(xs[t][i]);
         }
-        for (int at = p.hidden + tid; at < x_stride; at += THREADS) x_row[t * x_stride + at] = 0;
-    }
-    consumers_sync();
-    Fragments fragments;
-    fragments.load(x_row, x_stride, p.preview.groups);
 #endif
 
     /* Of this thread's entry: its place in the list, after those of the chunk's threads before. */
@@ -182,7 +186,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     for (int c = 0; c < CHUNKS; c++) {
         int from = min(count, c * chunk), to = min(count, from + chunk);
 #if PREVIEW
-        for (int k = from; k < to; k += TILE) p.preview.dot_tile(ring, fragments, k, to, dots);
+        for (int k = from; k < to; k += TILE) {
+            p.preview.dot_tile(ring, fragments, first + k, k, to, dots);
+            if (PRODUCTS)
+                p.preview.dot_tile(ring, fragments, p.neurons + first + k, k, to, up_dots);
+        }
 #else
         dot_rows(ring, from, to, p.hidden, xs, dots);
 #endif
@@ -194,6 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             g[t] = live ? activate(dot_of(dots, k, t)) : 0.0f;
+            if (PRODUCTS && live) g[t] *= dot_of(up_dots, k, t);
             bool keep = live && t < p.tokens && fabsf(g[t]) > bounds[c];
             entry |= keep << (TOKEN_BIT + t);
             if (!keep) g[t] = 0.0f;
@@ -216,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         for (int c = 0; c < COLUMNS; c++) {
             int at = (tid + c * THREADS) * VEC;
             uint4 piece = {0, 0, 0, 0};
-            if (at < p.hidden) piece = *(const uint4 *)(x_row + t * x_stride + at);
+            if (at < p.hidden) piece = *(const uint4 *)(x_row + t * INPUTS + at);
             float v[VEC];
             unpack(piece, v);
 #pragma unroll

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arguments import Call, belong_together
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
-from .preview import GROUP, dequantize, groups_of, preview_bits
+from .preview import GROUP, PreviewKind, dequantize, groups_of, preview_kind
 from .reference import ACTIVATIONS, gated_mlp_reference, keep_mask
 from .stream import (
     DTYPES,
@@ -72,7 +72,7 @@ class _Problem(ctypes.Structure):
 
 
 class _PreviewProblem(ctypes.Structure):
-    """``Problem`` of cuda.cu with a gate preview."""
+    """``Problem`` of cuda.cu with a preview."""
 
     _fields_ = [("plain", _Problem), ("preview", PreviewArgument)]
 
@@ -97,7 +97,6 @@ class _Built:
     pitch: int
     stage: int
     stages: int
-    tiles: Tiles | None
 
 
 def why_not_cuda(device: torch.device) -> str | None:
@@ -136,10 +135,10 @@ def _defines(
 ) -> tuple[tuple[str, str], ...]:
     """The constants of cuda.cu and preview.cuh."""
     own = {"ACT": _ACTIVATION_NUMBERS[act], "CHUNKS": plan.chunks, "SECOND": int(second)}
-    own["PREVIEW"] = 0 if tiles is None else tiles.bits
+    own |= {"PREVIEW": 0, "PRODUCTS": 0}
     if tiles is not None:
-        own["SPLITS"] = tiles.splits
-        own["GROUPS"] = -(-tiles.groups // (plan.threads // 32))
+        own |= {"PREVIEW": tiles.kind.bits, "PRODUCTS": int(tiles.kind.products)}
+        own |= {"ROW_GROUPS": tiles.groups, "SPLITS": tiles.splits}
     return defines(dtype, tokens, plan, columns, even, **own)
 
 
@@ -195,11 +194,11 @@ def launch(
     tokens, hidden = x.shape
     neurons, columns = w_down_t.shape
     x = _aligned(x)
-    bits = 0 if preview is None else preview_bits(preview, hidden)
     most = template(tokens)
     plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
-    kind = (product is not None, bits)
-    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan, *kind)
+    kind = None if preview is None else preview_kind(preview, neurons, hidden)
+    second = product is not None
+    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan, second, kind)
     partial = torch.empty(built.blocks, tokens * columns, dtype=torch.float32, device=x.device)
     y = x.new_empty(tokens, columns) if out is None else out
     problem: ctypes.Structure = _Problem(
@@ -225,8 +224,8 @@ def launch(
         built.stages,
         int(early),
     )
-    if preview is not None and scale is not None and built.tiles is not None:
-        argument = PreviewArgument.of(preview, scale, built.tiles)
+    if preview is not None and scale is not None:
+        argument = PreviewArgument(preview.data_ptr(), scale.data_ptr())
         problem = _PreviewProblem(problem, argument)
     total = _Sum(
         partial.data_ptr(),
@@ -291,18 +290,18 @@ def _build(
     columns: int,
     plan: Plan,
     second: bool,
-    bits: int,
+    kind: PreviewKind | None,
 ) -> _Built:
     """Compile (once for equal constants), load, and lay out the shared memory."""
     limit = shared_bytes(device)
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     row = max(hidden, columns) * dtype.itemsize
-    lists = _list_bytes(capacity, tokens, plan) + _row_bytes_of_x(dtype, hidden, tokens, bits)
+    lists = _list_bytes(capacity, tokens, plan, kind) + _x_bytes(dtype, hidden, tokens, kind)
     rows = plan.rows
     while rows > 1 and _stages(limit, lists, rows * row) < 4:
         rows //= 2
-    tiles = find_tiles(hidden, bits, rows * row) if bits else None
+    tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
     stage = max(rows * row, 0 if tiles is None else tiles.stage)
     stages = _stages(limit, lists, stage)
     # A chunk is decided by a thread a neuron, so it must not be larger than a block.
@@ -321,19 +320,19 @@ def _build(
         row,
         stage,
         stages,
-        tiles,
     )
 
 
-def _list_bytes(capacity: int, tokens: int, plan: Plan) -> int:
+def _list_bytes(capacity: int, tokens: int, plan: Plan, kind: PreviewKind | None) -> int:
     """Partial dots, hidden activations and the list of kept neurons: see cuda.cu."""
     pitch = plan.threads // 32 | 1
-    return 4 * capacity * (tokens * pitch + tokens + 1)
+    dots = tokens * pitch * (2 if kind is not None and kind.products else 1)
+    return 4 * capacity * (dots + tokens + 1)
 
 
-def _row_bytes_of_x(dtype: torch.dtype, hidden: int, tokens: int, bits: int) -> int:
-    """The tokens, from which a preview's dots take theirs."""
-    return tokens * groups_of(hidden) * GROUP * dtype.itemsize if bits else 0
+def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | None) -> int:
+    """With a preview, the tokens, which take the place of their digits, and the digits' units."""
+    return 0 if kind is None else tokens * groups_of(hidden) * (GROUP * dtype.itemsize + 4)
 
 
 def _stages(limit: int, lists: int, stage: int) -> int:
@@ -346,7 +345,6 @@ def _fits(call: Call) -> bool:
     previews = [t for t in (call.preview, call.preview_scale) if t is not None]
     return (
         belong_together(call)
-        and not call.previews_products
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
         and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t, *previews))
@@ -356,7 +354,7 @@ def _fits(call: Call) -> bool:
             w_gate.shape[1],
             w_gate.shape[0],
             w_down_t.shape[1],
-            preview_bits(call.preview, w_gate.shape[1]) if call.preview is not None else 0,
+            None if call.preview is None else preview_kind(call.preview, *w_gate.shape),
         )
         is None
     )
@@ -364,19 +362,24 @@ def _fits(call: Call) -> bool:
 
 @functools.cache
 def why_not_sizes(
-    device: torch.device, dtype: torch.dtype, hidden: int, neurons: int, columns: int, bits: int = 0
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    neurons: int,
+    columns: int,
+    kind: PreviewKind | None = None,
 ) -> str | None:
-    """Why cuda.cu does not take weights of these sizes, and a preview of so many bits, on
-    ``device``; None if it does."""
+    """Why cuda.cu does not take weights of these sizes, and a preview of that kind, on ``device``;
+    None if it does."""
     row = max(hidden, columns) * dtype.itemsize
     if hidden * dtype.itemsize % PIECE or columns * dtype.itemsize % PIECE:
         return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     tokens = group_size(row)
-    lists = _list_bytes(capacity, tokens, find_plan(row, tokens))
-    lists += _row_bytes_of_x(dtype, hidden, tokens, bits)
-    stage = max(row, find_tiles(hidden, bits, row).stage if bits else 0)
+    lists = _list_bytes(capacity, tokens, find_plan(row, tokens), kind)
+    lists += _x_bytes(dtype, hidden, tokens, kind)
+    stage = max(row, 0 if kind is None else find_tiles(hidden, kind, row).stage)
     if row > MOST_PIECES * PIECE or _stages(shared_bytes(device), lists, stage) < 2:
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

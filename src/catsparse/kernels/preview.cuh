@@ -1,216 +1,226 @@
-/* The gate preview's dot products on tensor cores: tiles of 16 neurons of a 4- or 8-bit copy of
- * W_gate (preview.py), as bf16 against the tokens, in fp32. A warp owns the same few groups of 64
- * inputs of every tile; lane l has rows l / 4 and l / 4 + 8 of it. Which inputs a step multiplies is
- * for the packing to choose, as both sides of a product may be permuted alike.
+/* A preview's dot products on tensor cores: tiles of 16 rows of a 4- or 8-bit copy of W_gate, or of
+ * W_up (preview.py), against the tokens, in whole numbers. A group of 64 inputs of a token is fixed
+ * point: 15 bits and a sign, 23 for floats, times a power of two, in digits of 8 bits, each a column
+ * of its own; so the sums over a group are exact. A warp owns the same few groups of every tile;
+ * lane l has rows l / 4 and l / 4 + 8 of it, and of their sums token l % 4's. Which inputs a step
+ * multiplies is for the packing to choose, as both sides of a product may be permuted alike.
  *
  * A stage of the ring holds some of a tile's rows, which are one run of memory, and then their
  * scales: two copies. One a row would take longer to ask for than to fetch.
  *
  * Stands between stream.cuh and cuda.cu, and needs these constants more:
- *   PREVIEW  bits a weight, 0 for none     GROUPS  groups of a warp
- *   SPLITS   stages of a tile: 1, 2, 4, 8
+ *   PREVIEW     bits a weight, 0 for none     ROW_GROUPS  groups of a row
+ *   SPLITS      stages of a tile: 1, 2, 4, 8  PRODUCTS    whether W_up has a preview, too
  */
 
 #if PREVIEW
 
 #define TILE 16
 #define GROUP 64
+#define GROUPS ((ROW_GROUPS + WARPS - 1) / WARPS) /* of a warp */
 #define GROUP_BYTES (GROUP * PREVIEW / 8)
-/* A float is three bf16, a half two: they are columns of their own, whose sums add up. */
-#define PARTS (DTYPE == 2 ? 3 : DTYPE == 1 ? 2 : 1)
-#define COLUMN_TILES ((TOKENS * PARTS + 7) / 8)
+#define ROW_BYTES (ROW_GROUPS * GROUP_BYTES)
+#define SCALE_BYTES ((ROW_GROUPS + 7) / 8 * 16)
 #define STAGE_ROWS (TILE / SPLITS)
+/* Runs of memory that the packing swaps with their neighbours, by row; what is left of whole fours
+ * stays in its place. */
+#define RUN 64
+#define SWAPPED (ROW_BYTES / (4 * RUN) * 4)
 
-/* What is left of a value once so many bf16 have been taken from it, to be rounded to the next. */
-DEVICE float after_parts(float value, int parts) {
-#pragma unroll
-    for (int i = 0; i + 1 < PARTS; i++) {
-        unsigned short bits;
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-        if (i < parts) value -= __uint_as_float((u32)bits << 16);
-    }
-    return value;
-}
+#define INPUTS (ROW_GROUPS * GROUP)
+#define DIGITS (DTYPE == 2 ? 3 : 2)
+#define COLUMN_TILES (DTYPE == 2 ? 2 : 1) /* columns 2 t and 2 t + 1 are token t's */
+#define NUMBER_BITS (DTYPE == 2 ? 22 : 14) /* the largest of a group has so many, less a half */
+/* Weights of 4 bits are multiplied in the upper half of a byte. */
+#define WEIGHT_UNIT (PREVIEW == 4 ? 0.0625f : 1.0f)
 
-DEVICE u32 bf16_pair(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
+DEVICE float power_of_two(int n) { return __uint_as_float((u32)(n + 127) << 23); }
 
-/* Two weights of a group, as bf16 in one word: pair j of a lane's eight. */
-DEVICE u32 preview_pair(const u32 *word, int j) {
-    u32 pair;
-#if PREVIEW == 4
-    u32 n = (word[j / 4] >> 4 * (j % 4) & 0x000f000fu) | 0x43004300u; /* 128 + n */
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(n), "r"(0x43084308u));
-#else
-    u32 bytes = word[j / 2] >> 16 * (j % 2);
-    float low = __uint_as_float(0x4b000000u | (bytes & 0xff)) - 8388736.0f;
-    float high = __uint_as_float(0x4b000000u | (bytes >> 8 & 0xff)) - 8388736.0f;
-    pair = bf16_pair(low, high);
-#endif
-    return pair;
-}
-
-/* The tokens, as the other side of those pairs. */
-struct Fragments {
-    u32 pair[GROUPS][COLUMN_TILES][8];
-
-    /* x: [TOKENS, stride] in shared memory, zeros after the last input of whole groups. */
-    DEVICE_METHOD void load(const weight_t *x, int stride, int groups) {
-        int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
+/* The digits of xs: [TOKENS, DIGITS, INPUTS], highest first; what they are worth: [TOKENS,
+ * ROW_GROUPS]. An infinity has a digit 1 of infinite worth; NaN is worth NaN. */
+DEVICE void to_digits(const float (&xs)[TOKENS][COLUMNS * VEC], signed char *digits, float *units) {
+    const float infinity = __uint_as_float(0x7f800000u);
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++)
+    for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++) {
-                int column = n * 8 + lane / 4, own = warp * GROUPS + i;
-                bool live = own < groups && column < TOKENS * PARTS;
-                const weight_t *at = x + column % TOKENS * stride + own * GROUP;
-                float v[16]; /* two runs of 8 inputs, or one of 16 */
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (threadIdx.x + c * THREADS) * VEC;
+            float most = 0.0f;
 #pragma unroll
-                for (int k = 0; k < 16; k += VEC) {
-                    int from = PREVIEW == 4 ? 8 * q + k % 8 + k / 8 * 32 : 16 * q + k;
-                    uint4 piece = {0, 0, 0, 0};
-                    if (live) piece = *(const uint4 *)(at + from);
-                    float values[VEC];
-                    unpack(piece, values);
+            for (int e = 0; e < VEC; e++) {
+                float size = fabsf(xs[t][c * VEC + e]);
+                most = fmaxf(most, size < infinity ? size : infinity);
+            }
 #pragma unroll
-                    for (int e = 0; e < VEC; e++)
-                        v[k + e] = after_parts(values[e], column / TOKENS);
-                }
+            for (int off = 1; off < GROUP / VEC; off *= 2)
+                most = fmaxf(most, __shfl_xor_sync(ALL, most, off));
+            int exponent = __float_as_uint(most) >> 23;
+            bool small = most < 1e-30f, plain = !small && most < infinity;
+            float per_unit = plain ? power_of_two(NUMBER_BITS + 126 - exponent) : 0.0f;
+            u32 word[DIGITS][VEC / 4] = {};
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    int low = PREVIEW == 4 ? j % 2 * 8 + j / 4 * 4 + j % 4 / 2 : 2 * j;
-                    pair[i][n][j] = bf16_pair(v[low], v[low + (PREVIEW == 4 ? 2 : 1)]);
+            for (int e = 0; e < VEC; e++) {
+                float v = xs[t][c * VEC + e];
+                int number = __float2int_rn(v * per_unit);
+                if (most == infinity) number = v == infinity ? 1 : v == -infinity ? -1 : 0;
+#pragma unroll
+                for (int d = DIGITS - 1; d >= 0; d--) {
+                    word[d][e / 4] |= (number & 0xff) << 8 * (e % 4);
+                    number = (number + 128) >> 8;
                 }
             }
+            if (at >= INPUTS) continue;
+#pragma unroll
+            for (int d = 0; d < DIGITS; d++)
+#pragma unroll
+                for (int w = 0; w < VEC / 4; w++)
+                    *(u32 *)(digits + (t * DIGITS + d) * INPUTS + at + 4 * w) = word[d][w];
+            if (at % GROUP == 0)
+                units[t * ROW_GROUPS + at / GROUP] =
+                    plain ? power_of_two(exponent - 126 - NUMBER_BITS) * WEIGHT_UNIT
+                    : small ? 0.0f : infinity;
+        }
+}
+
+/* A warp's part of the digits, as the other side of weights(). */
+struct Fragments {
+    u32 digit[GROUPS][COLUMN_TILES][4];
+    float unit[GROUPS];
+
+    DEVICE_METHOD void load(const signed char *digits, const float *units) {
+        int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++) {
+            int own = warp * GROUPS + i, token = lane / 8;
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; n++) {
+                int d = 2 * n + lane / 4 % 2;
+                bool live = own < ROW_GROUPS && token < TOKENS && d < DIGITS;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int from = PREVIEW == 4 ? 8 * q + j % 2 * 32 + j / 2 * 4 : 16 * q + 4 * j;
+                    const signed char *at = digits + (token * DIGITS + d) * INPUTS + own * GROUP;
+                    digit[i][n][j] = live ? *(const u32 *)(at + from) : 0;
+                }
+            }
+            unit[i] = own < ROW_GROUPS && q < TOKENS ? units[q * ROW_GROUPS + own] : 0.0f;
+        }
     }
 };
 
+/* Four of a lane's sixteen weights of a group. */
+DEVICE u32 weights(const u32 *word, int j) {
+#if PREVIEW == 4
+    return ((j % 2 ? word[j / 2] : word[j / 2] << 4) & 0xf0f0f0f0u) ^ 0x80808080u;
+#else
+    return word[j] ^ 0x80808080u;
+#endif
+}
+
 struct Preview {
-    const char *data;   /* [neurons, row] */
-    const char *scale;  /* [neurons, scale_row] of bf16 */
-    int row, scale_row; /* bytes */
-    int groups;         /* of a row */
+    const char *data, *scale; /* [rows, ROW_BYTES], [rows, SCALE_BYTES] of bf16 */
 
     /* The producer's: rows first .. first + n - 1, some or none, into the next stage. */
     DEVICE_METHOD void fill(Ring &ring, int first, int n, u64 policy) const {
-        ring.wait_empty(n * (row + scale_row));
+        ring.wait_empty(n * (ROW_BYTES + SCALE_BYTES));
         if (n) {
-            ring.copy(0, data + (long long)first * row, n * row, policy);
-            ring.copy(STAGE_ROWS * row, scale + (long long)first * scale_row, n * scale_row, policy);
+            ring.copy(0, data + (long long)first * ROW_BYTES, n * ROW_BYTES, policy);
+            ring.copy(STAGE_ROWS * ROW_BYTES, scale + (long long)first * SCALE_BYTES,
+                      n * SCALE_BYTES, policy);
         }
         ring.advance();
     }
 
-    /* dots[(k * TOKENS + t) * PITCH + warp] = this warp's part of row k times x[t], for the rows
-     * k0 .. k0 + TILE - 1 below last. */
-    DEVICE_METHOD void dot_tile(Ring &ring, const Fragments &x, int k0, int last,
+    /* dots[(k * TOKENS + t) * PITCH + warp] = this warp's part of a row times x[t], for the tile's
+     * rows, k0 .. k0 + TILE - 1 below last; the first is `row` of the preview. */
+    DEVICE_METHOD void dot_tile(Ring &ring, const Fragments &x, int row, int k0, int last,
                                 float *dots) const {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
-        const char *upper_row = nullptr, *lower_row = nullptr;
-        const char *upper_scale = nullptr, *lower_scale = nullptr;
+        int start = warp * GROUPS, swap = (row + r) % 4;
+        const char *rows[2], *scales[2];
 #pragma unroll
         for (int s = 0; s < SPLITS; s++) {
             const char *stage = ring.wait_full_ahead(s);
-            int place = r % STAGE_ROWS, below = (r + 8) % STAGE_ROWS;
-            if (r / STAGE_ROWS == s)
-                upper_row = stage + place * row,
-                upper_scale = stage + STAGE_ROWS * row + place * scale_row;
-            if ((r + 8) / STAGE_ROWS == s)
-                lower_row = stage + below * row,
-                lower_scale = stage + STAGE_ROWS * row + below * scale_row;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int at = r + 8 * half;
+                if (at / STAGE_ROWS != s) continue;
+                rows[half] = stage + at % STAGE_ROWS * ROW_BYTES;
+                scales[half] = stage + STAGE_ROWS * ROW_BYTES + at % STAGE_ROWS * SCALE_BYTES;
+            }
         }
-        int start = warp * GROUPS;
-        u32 upper_scales[GROUPS], lower_scales[GROUPS]; /* as floats' bits */
-        load_scales(upper_scale + 2 * start, upper_scales);
-        load_scales(lower_scale + 2 * start, lower_scales);
-        upper_row += start * GROUP_BYTES + q * (GROUP_BYTES / 4);
-        lower_row += start * GROUP_BYTES + q * (GROUP_BYTES / 4);
-        float total[COLUMN_TILES][4] = {};
+        u32 packed[2][(GROUPS + 1) / 2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) load_scales(scales[half] + 2 * start, packed[half]);
+        float total[2] = {};
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
-            if (start + i >= groups) break;
-            u32 upper[GROUP_BYTES / 16], lower[GROUP_BYTES / 16];
+            if (ROW_GROUPS != WARPS * GROUPS && start + i >= ROW_GROUPS) break;
+            int from = (start + i) * GROUP_BYTES, run = from / RUN;
+            if (SWAPPED * RUN == ROW_BYTES || run < SWAPPED) run ^= swap;
+            int at = run * RUN + from % RUN + q * (GROUP_BYTES / 4);
+            u32 word[2][GROUP_BYTES / 16];
 #pragma unroll
-            for (int w = 0; w < GROUP_BYTES / 16; w += 2) {
-                uint2 a = *(const uint2 *)(upper_row + i * GROUP_BYTES + w * 4);
-                uint2 b = *(const uint2 *)(lower_row + i * GROUP_BYTES + w * 4);
-                upper[w] = a.x, upper[w + 1] = a.y, lower[w] = b.x, lower[w + 1] = b.y;
+            for (int half = 0; half < 2; half++) {
+#if PREVIEW == 4
+                uint2 v = *(const uint2 *)(rows[half] + at);
+#else
+                uint4 v = *(const uint4 *)(rows[half] + at);
+                word[half][2] = v.z, word[half][3] = v.w;
+#endif
+                word[half][0] = v.x, word[half][1] = v.y;
             }
-            float sum[COLUMN_TILES][4] = {};
+            int sum[COLUMN_TILES][4] = {};
 #pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                u32 a[4] = {preview_pair(upper, j), preview_pair(lower, j),
-                            preview_pair(upper, j + 1), preview_pair(lower, j + 1)};
+            for (int j = 0; j < 4; j += 2) {
+                u32 a[4] = {weights(word[0], j), weights(word[1], j), weights(word[0], j + 1),
+                            weights(word[1], j + 1)};
 #pragma unroll
                 for (int n = 0; n < COLUMN_TILES; n++)
-                    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
                         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                        : "+f"(sum[n][0]), "+f"(sum[n][1]), "+f"(sum[n][2]), "+f"(sum[n][3])
-                        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x.pair[i][n][j]),
-                          "r"(x.pair[i][n][j + 1]));
+                        : "+r"(sum[n][0]), "+r"(sum[n][1]), "+r"(sum[n][2]), "+r"(sum[n][3])
+                        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x.digit[i][n][j]),
+                          "r"(x.digit[i][n][j + 1]));
             }
-            float above = __uint_as_float(upper_scales[i]), below = __uint_as_float(lower_scales[i]);
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++) {
-                total[n][0] += above * sum[n][0], total[n][1] += above * sum[n][1];
-                total[n][2] += below * sum[n][2], total[n][3] += below * sum[n][3];
+            for (int half = 0; half < 2; half++) {
+                float number = (float)(sum[0][2 * half] * 256 + sum[0][2 * half + 1]);
+#if DTYPE == 2
+                number = number * 256.0f + (float)sum[1][2 * half];
+#endif
+                u32 two = packed[half][i / 2];
+                float scale = __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+                total[half] += scale * x.unit[i] * number;
             }
         }
 #pragma unroll
         for (int s = 0; s < SPLITS; s++) ring.release();
-        store(total, k0, last, dots);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int k = k0 + r + 8 * half;
+            if (q < TOKENS && k < last) dots[(k * TOKENS + q) * PITCH + warp] = total[half];
+        }
     }
 
   private:
-    /* In as few loads as their place allows. */
-    static DEVICE_METHOD void load_scales(const char *from, u32 (&to)[GROUPS]) {
-#pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
+    /* A warp's scales of a row, two a word, in as few loads as their place allows. */
+    static DEVICE_METHOD void load_scales(const char *from, u32 (&to)[(GROUPS + 1) / 2]) {
 #if GROUPS % 8 == 0
-            if (i % 8 == 0) {
-                uint4 v = *(const uint4 *)(from + 2 * i);
-                u32 word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-                for (int e = 0; e < 8; e++)
-                    to[i + e] = e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16;
-            }
-#elif GROUPS % 2 == 0
-            u32 word = *(const u32 *)(from + i / 2 * 4);
-            to[i] = i % 2 ? word & 0xffff0000u : word << 16;
+        for (int i = 0; i < GROUPS / 2; i += 4) {
+            uint4 v = *(const uint4 *)(from + 4 * i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
 #else
-            to[i] = (u32) * (const unsigned short *)(from + 2 * i) << 16;
+#pragma unroll
+        for (int i = 0; i < (GROUPS + 1) / 2; i++) {
+#if GROUPS % 2 == 0
+            to[i] = *(const u32 *)(from + 4 * i);
+#else
+            const unsigned short *two = (const unsigned short *)from + 2 * i;
+            to[i] = two[0] | (2 * i + 1 < GROUPS ? (u32)two[1] << 16 : 0);
 #endif
-        }
-    }
-
-    static DEVICE_METHOD void store(const float (&total)[COLUMN_TILES][4], int k0, int last,
-                                    float *dots) {
-        int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
-#if DTYPE == 0
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            int token = 2 * q + c % 2, k = k0 + r + c / 2 * 8;
-            if (token < TOKENS && k < last) dots[(k * TOKENS + token) * PITCH + warp] = total[0][c];
-        }
-#else
-        __shared__ float columns[WARPS][TILE][COLUMN_TILES * 8 + 1];
-        __syncwarp();
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                columns[warp][r + c / 2 * 8][n * 8 + 2 * q + c % 2] = total[n][c];
-        __syncwarp();
-        for (int i = lane; i < TILE * TOKENS; i += 32) {
-            int k = k0 + i / TOKENS, token = i % TOKENS;
-            float sum = 0.0f;
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                sum += columns[warp][i / TOKENS][part * TOKENS + token];
-            if (k < last) dots[(k * TOKENS + token) * PITCH + warp] = sum;
         }
 #endif
     }

@@ -1,10 +1,13 @@
 """A preview: W_gate, or W_gate and W_up, in 4 or 8 bits, enough to decide which neurons live.
 
-Of W_gate alone it foretells a neuron's gate g, of both its product h = g u. Symmetric, round to nearest, in groups of 64 along the input. A scale has so few significant bits
-that every value of the preview is exact in bf16: dense matmuls on it decide as the kernels do.
+Of W_gate alone it foretells a neuron's gate g, of both its product h = g u. Symmetric, round to
+nearest, in groups of 64 along the input. A scale has so few significant bits that every value of
+the preview is exact in bf16: dense matmuls on it decide as the kernels do.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +15,19 @@ from torch import Tensor
 GROUP = 64
 BITS = (4, 8)
 SCALE_GROUPS = 8  # a row of scales is whole 16-byte pieces, for the bulk copy engine
+# Runs of a row that stand in another order in each of four neighbouring rows, so that they lie on
+# different banks of a GPU's shared memory; a rest of less than a whole block keeps its place.
+RUN = 64  # bytes
+BLOCK = 4  # runs
 _ROWS = 1024  # made at once, so that no fp32 copy of a whole weight is needed
+
+
+@dataclass(frozen=True)
+class PreviewKind:
+    """What a kernel must know of a preview: bits a weight, and whether W_up is in it."""
+
+    bits: int
+    products: bool
 
 
 def groups_of(hidden: int) -> int:
@@ -32,6 +47,10 @@ def preview_bits(preview: Tensor, hidden: int) -> int:
     return next((bits for bits in BITS if width == groups_of(hidden) * GROUP * bits), 0)
 
 
+def preview_kind(preview: Tensor, neurons: int, hidden: int) -> PreviewKind:
+    return PreviewKind(preview_bits(preview, hidden), preview.shape[0] != neurons)
+
+
 @torch.no_grad()
 def make_preview(w_gate: Tensor, bits: int, w_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize W_gate or, for a preview of products, W_gate and W_up.
@@ -46,11 +65,24 @@ def make_preview(w_gate: Tensor, bits: int, w_up: Tensor | None = None) -> tuple
         W_gate first; see :func:`preview_shapes`. A weight is
         ``scale * (n - 2^(bits - 1))``. 8 bits: byte j of a row is n of input j. 4 bits: byte j of
         a group of 32 bytes holds n of its input j in the low half, of j + 32 in the high one.
+        Then runs of 64 bytes change places within whole blocks of four: run i of row r is that of
+        place i XOR r mod 4.
     """
     weights = (w_gate,) if w_up is None else (w_gate, w_up)
     parts = [_quantize(rows, bits) for w in weights for rows in w.detach().split(_ROWS)]
     packed, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-    return packed, scale
+    return _swap_runs(packed), scale
+
+
+def _swap_runs(packed: Tensor) -> Tensor:
+    """Into their places, or back from them."""
+    rows, width = packed.shape
+    whole = width // (BLOCK * RUN) * BLOCK * RUN
+    blocks = packed[:, :whole].reshape(rows, -1, BLOCK, RUN)
+    runs = torch.arange(BLOCK, device=packed.device)
+    place = runs ^ torch.arange(rows, device=packed.device)[:, None] % BLOCK  # [rows, BLOCK]
+    index = place[:, None, :, None].expand_as(blocks)
+    return torch.cat([blocks.gather(2, index).view(rows, whole), packed[:, whole:]], dim=1)
 
 
 def _quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +112,7 @@ def dequantize(preview: Tensor, scale: Tensor, hidden: int, dtype: torch.dtype) 
     """The preview as ``[rows, H]`` of ``dtype``; exact in bf16 and fp32."""
     count, groups = preview.shape[0], groups_of(hidden)
     bits = preview_bits(preview, hidden)
-    n = preview.view(count, groups, -1)
+    n = _swap_runs(preview).view(count, groups, -1)
     if bits == 4:
         n = torch.cat([n & 15, n >> 4], dim=-1)
     q = n.to(dtype) - 2 ** (bits - 1)
