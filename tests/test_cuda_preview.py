@@ -20,7 +20,7 @@ SHAPES = [
     (torch.bfloat16, 4096, 3001, 4096, "silu", 4),
     (torch.bfloat16, 8192, 5003, 8192, "silu", 1),
     (torch.bfloat16, 8192, 999, 8192, "gelu", 3),
-    (torch.bfloat16, 16384, 1500, 16384, "silu", 2),
+    (torch.bfloat16, 14336, 1500, 14336, "silu", 1),
     (torch.bfloat16, 2048, 8191, 2048, "silu", 2),
     (torch.bfloat16, 2880, 2003, 2880, "gelu_tanh", 1),
     (torch.bfloat16, 584, 1001, 600, "silu", 3),
@@ -40,6 +40,8 @@ def test_preview_and_second_decision(
 ) -> None:
     only(monkeypatch)
     for bits, second in ((4, ""), (8, ""), (0, "vector"), (4, "scalar"), (4, "vector")):
+        if bits == 8 and shape[1] == 14336:
+            continue  # see test_a_tile_must_fit_into_the_ring
         Case(*shape, bits=bits, second=second).check("cuda")
 
 
@@ -47,6 +49,8 @@ def test_preview_and_second_decision(
 def test_preview_of_products(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
     for bits, second in ((4, ""), (8, ""), (4, "vector")):
+        if bits == 8 and shape[1] == 14336:
+            continue
         Case(*shape, bits=bits, second=second, products=True).check("cuda")
 
 
@@ -106,6 +110,14 @@ def test_what_does_not_fit_runs_elsewhere() -> None:
     rows = case.extra["preview"]
     odd = torch.zeros(rows.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(rows)
     case.extra["preview"] = odd.copy_(rows)
+    assert not cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra))
+    y = case.call(case.cut(0.5), True)
+    assert case.error(y, case.cut(0.5), True) < TOLERANCE[case.dtype]
+
+
+def test_a_tile_must_fit_into_the_ring() -> None:
+    """Else its dots would wait for rows that there is no room for."""
+    case = Case(torch.bfloat16, 16384, 300, 16384, "silu", 1, bits=8)
     assert not cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra))
     y = case.call(case.cut(0.5), True)
     assert case.error(y, case.cut(0.5), True) < TOLERANCE[case.dtype]

@@ -74,10 +74,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     float *units = (float *)(after_stages + TOKENS * INPUTS * SIZE); /* [TOKENS, ROW_GROUPS] */
     after_stages = (char *)(units + TOKENS * ROW_GROUPS);
 #endif
-    float *dots = (float *)after_stages; /* [capacity, TOKENS, PITCH], of w_up's preview after it */
-    float *up_dots = dots + p.capacity * TOKENS * PITCH;
-    float *hidden = PRODUCTS ? up_dots + (up_dots - dots) : up_dots; /* [capacity, TOKENS]: g of
-                                                                       kept, then h */
+    /* [capacity, TOKENS, PITCH]; a preview's are a chunk's alone, of w_gate and then of w_up. */
+    float *dots = (float *)after_stages;
+    int most = PRODUCTS ? max(p.capacity, 2 * chunk_of(p.capacity, STEP)) : p.capacity;
+    float *hidden = dots + most * TOKENS * PITCH; /* [capacity, TOKENS]: g of kept, then h */
     int *list = (int *)(hidden + p.capacity * TOKENS);  /* [capacity]: kept neurons, their tokens */
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -186,10 +186,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     for (int c = 0; c < CHUNKS; c++) {
         int from = min(count, c * chunk), to = min(count, from + chunk);
 #if PREVIEW
+        float *up_dots = dots + chunk * TOKENS * PITCH;
         for (int k = from; k < to; k += TILE) {
-            p.preview.dot_tile(ring, fragments, first + k, k, to, dots);
+            p.preview.dot_tile(ring, fragments, first + k, k - from, to - from, dots);
             if (PRODUCTS)
-                p.preview.dot_tile(ring, fragments, p.neurons + first + k, k, to, up_dots);
+                p.preview.dot_tile(ring, fragments, p.neurons + first + k, k - from, to - from,
+                                   up_dots);
         }
 #else
         dot_rows(ring, from, to, p.hidden, xs, dots);
@@ -201,8 +203,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         float g[TOKENS];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
+#if PREVIEW
+            g[t] = live ? activate(dot_of(dots, tid, t)) : 0.0f;
+            if (PRODUCTS && live) g[t] *= dot_of(up_dots, tid, t);
+#else
             g[t] = live ? activate(dot_of(dots, k, t)) : 0.0f;
-            if (PRODUCTS && live) g[t] *= dot_of(up_dots, k, t);
+#endif
             bool keep = live && t < p.tokens && fabsf(g[t]) > bounds[c];
             entry |= keep << (TOKEN_BIT + t);
             if (!keep) g[t] = 0.0f;

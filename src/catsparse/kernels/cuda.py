@@ -299,14 +299,11 @@ def _build(
     row = max(hidden, columns) * dtype.itemsize
     lists = _list_bytes(capacity, tokens, plan, kind) + _x_bytes(dtype, hidden, tokens, kind)
     rows = plan.rows
-    while rows > 1 and _stages(limit, lists, rows * row) < 4:
+    while rows > 1 and not _ring(limit - lists, rows, row, hidden, kind).holds(4):
         rows //= 2
-    tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
-    stage = max(rows * row, 0 if tiles is None else tiles.stage)
-    stages = _stages(limit, lists, stage)
-    # A chunk is decided by a thread a neuron, so it must not be larger than a block.
-    step = rows if tiles is None else TILE
-    chunks = max(plan.chunks, -(-(capacity + step) // (plan.threads - step)))
+    ring = _ring(limit - lists, rows, row, hidden, kind)
+    tiles, stage, stages = ring.tiles, ring.stage, ring.stages
+    chunks = _chunks(capacity, plan, rows if tiles is None else TILE)
     each = -(-row // (PIECE * plan.threads))
     even = hidden == columns and row == plan.threads * each * PIECE
     cut = Plan(plan.threads, rows, chunks)
@@ -325,9 +322,17 @@ def _build(
 
 def _list_bytes(capacity: int, tokens: int, plan: Plan, kind: PreviewKind | None) -> int:
     """Partial dots, hidden activations and the list of kept neurons: see cuda.cu."""
-    pitch = plan.threads // 32 | 1
-    dots = tokens * pitch * (2 if kind is not None and kind.products else 1)
-    return 4 * capacity * (dots + tokens + 1)
+    dots = capacity
+    if kind is not None and kind.products:
+        chunk = -(-capacity // _chunks(capacity, plan, TILE))
+        chunk = -(-chunk // TILE) * TILE
+        dots = max(capacity, 2 * chunk)
+    return 4 * (dots * tokens * (plan.threads // 32 | 1) + capacity * (tokens + 1))
+
+
+def _chunks(capacity: int, plan: Plan, step: int) -> int:
+    """A chunk is decided by a thread a neuron, so it must not be larger than a block."""
+    return max(plan.chunks, -(-(capacity + step) // (plan.threads - step)))
 
 
 def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | None) -> int:
@@ -335,8 +340,24 @@ def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | N
     return 0 if kind is None else tokens * groups_of(hidden) * (GROUP * dtype.itemsize + 4)
 
 
-def _stages(limit: int, lists: int, stage: int) -> int:
-    return stage_count(limit - _LEFT - lists, stage)
+@dataclass(frozen=True)
+class _Ring:
+    """Stages of ``stage`` bytes."""
+
+    stage: int
+    stages: int
+    tiles: Tiles | None
+
+    def holds(self, stages: int) -> bool:
+        """So many stages, and a whole tile: its dots wait for all of it."""
+        return self.stages >= max(stages, 0 if self.tiles is None else self.tiles.splits)
+
+
+def _ring(room: int, rows: int, row: int, hidden: int, kind: PreviewKind | None) -> _Ring:
+    """In ``room`` bytes, with ``rows`` of ``row`` bytes a stage."""
+    tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
+    stage = max(rows * row, 0 if tiles is None else tiles.stage)
+    return _Ring(stage, stage_count(room - _LEFT, stage), tiles)
 
 
 def _fits(call: Call) -> bool:
@@ -379,7 +400,7 @@ def why_not_sizes(
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens), kind)
     lists += _x_bytes(dtype, hidden, tokens, kind)
-    stage = max(row, 0 if kind is None else find_tiles(hidden, kind, row).stage)
-    if row > MOST_PIECES * PIECE or _stages(shared_bytes(device), lists, stage) < 2:
+    ring = _ring(shared_bytes(device) - lists, 1, row, hidden, kind)
+    if row > MOST_PIECES * PIECE or not ring.holds(2):
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None
