@@ -17,7 +17,7 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, bench, modules
 from catsparse.bench import decode, op, peers, rows, shapes
-from catsparse.config import preview_bytes
+from catsparse.footprint import preview_bytes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
 from catsparse.report import measured_figure, plot_speed

@@ -123,6 +123,19 @@ def test_greedy_tokens(name: str, sparse: bool, device: str) -> None:
     check(make(name, device, sparse), tokens(1, 30))
 
 
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls of the kernel from now on."""
+    calls: list[Call] = []
+    launch = fused.launch
+
+    def note(call: Call, **options: Any) -> Tensor:
+        calls.append(call)
+        return launch(call, **options)
+
+    monkeypatch.setattr(fused, "launch", note)
+    return calls
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("down", [None, 0.7])
 def test_preview_and_second_decision(
@@ -132,15 +145,8 @@ def test_preview_and_second_decision(
     calibration = catsparse.calibrate(
         model, tokens(8, 32, 7), preview=4, products_at=0.5, progress=False
     )
-    catsparse.sparsify(model, calibration, 0.5, down_sparsity=down)
-    calls: list[Call] = []
-    launch = fused.launch
-
-    def note(call: Call, **options: Any) -> Tensor:
-        calls.append(call)
-        return launch(call, **options)
-
-    monkeypatch.setattr(fused, "launch", note)
+    catsparse.sparsify(model, calibration, 0.5, "energy", down_sparsity=down)
+    calls = noted(monkeypatch)
     check(model, tokens(batch, 30))
     module = next(iter(sparse_modules(model).values()))
     assert calls[-1].preview is not None

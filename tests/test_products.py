@@ -20,8 +20,8 @@ def norms(neurons: int) -> Tensor:
 
 def gather(g: Tensor, h: Tensor, threshold: Tensor, norm: Tensor) -> ProductStatistics:
     products = ProductStatistics.empty(norm)
-    for piece in range(0, len(g), 977):
-        products.update(g[piece : piece + 977], h[piece : piece + 977], threshold)
+    for part_of_g, part in zip(g.split(977), h.split(977), strict=True):
+        products.update(part, part, part_of_g.float().abs() > threshold)
     return products
 
 
