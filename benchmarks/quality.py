@@ -1,4 +1,4 @@
-"""Perplexity of every method at 25/50/70/90% on one model -> rows and a Markdown table.
+"""Perplexity of every method of the gate at 25/50/70/90% on one model -> rows and a Markdown table.
 
     python benchmarks/quality.py [MODEL] [--data FILE] [--heldout FILE] [--tokens N]
 
@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from catsparse import calibrate, densify, hub, sparsify
-from catsparse.config import METHODS
+from catsparse.config import GATE_METHODS
 from catsparse.data import load_windows
 from catsparse.evaluate import Evaluation, Perplexity, evaluate
 
@@ -30,13 +30,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = options(__doc__.split("\n")[0])
-    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--method", action="append", choices=GATE_METHODS, help="default: all")
     args = parser.parse_args()
     model, windows, heldout = load(args)
     calibration = calibrate(model, windows)
 
     name = Path(args.model).name
-    chosen = tuple(args.method or METHODS)
+    chosen = tuple(args.method or GATE_METHODS)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"quality-{name}.jsonl"
     kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -105,7 +105,7 @@ def _table(rows: list[dict[str, object]]) -> str:
     """Rise over dense by method and sparsity, with the bytes skipped at each."""
     head = [f"{s:.0%}" for s in SPARSITIES]
     lines = [f"| method | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
-    for method, compensate in itertools.product(METHODS, (False, True)):
+    for method, compensate in itertools.product(GATE_METHODS, (False, True)):
         chosen = [r for r in rows if (r["method"], r["compensate"]) == (method, compensate)]
         cells = [f"{r['rise']:+.1%} ± {r['rise_se']:.1%}" for r in chosen]
         label = f"{method}{', compensated' if compensate else ''}"

@@ -18,6 +18,7 @@ PACKAGE = Path(catsparse.__file__).parent
 LAYERS = {
     "_version": 0,
     "errors": 0,
+    "footprint": 0,
     "config": 0,
     "data": 0,
     "kernels": 1,

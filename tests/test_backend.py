@@ -11,8 +11,7 @@ from torch import nn
 
 import catsparse
 import tiny
-from catsparse import CatsparseError, explain, set_backend
-from catsparse import modules as sparse_forward
+from catsparse import CatsparseError, explain, set_backend, weights
 from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
 from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice
 from catsparse.kernels.build import Library
@@ -308,7 +307,7 @@ def test_on_a_gpu_no_kernel_runs_without_the_copy(
         found = Backend.CUDA if asked is Backend.AUTO else asked
         return Choice(found, 4, "as on a GPU")
 
-    monkeypatch.setattr(sparse_forward, "choose_backend", as_on_a_gpu)
+    monkeypatch.setattr(weights, "choose_backend", as_on_a_gpu)
     mlp = sparse_llama.model.layers[0].mlp
     assert mlp.choose_backend(Backend.AUTO, True) == Choice(Backend.CUDA, 4, "as on a GPU")
     for asked, name in ((Backend.AUTO, "cuda"), (Backend.CUDA, "cuda"), (Backend.TRITON, "triton")):

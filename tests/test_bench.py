@@ -17,7 +17,7 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, bench, modules
 from catsparse.bench import decode, op, peers, rows, shapes
-from catsparse.config import preview_bytes
+from catsparse.footprint import preview_bytes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
 from catsparse.report import measured_figure, plot_speed
@@ -390,6 +390,25 @@ def test_decode_with_a_preview_and_a_second_decision() -> None:
     copies = preview_bytes(hidden, 4) / (3 * 4 * hidden)
     assert skipped["catsparse_preview4", 0.7] == pytest.approx(0.7 - copies, abs=0.09)
     assert torch.equal(module.catsparse_product_threshold, before[0])
+    assert torch.equal(module.catsparse_preview, before[1])
+
+
+def test_decode_of_method_product() -> None:
+    """Its preview's variants only: without one it would read all of gate and up."""
+    model = tiny.build(tiny.llama_config())
+    calibration = catsparse.calibrate(model, tiny.tokens(8, 32, 7), preview=4, progress=False)
+    catsparse.sparsify(model, calibration, 0.6)
+    module = next(iter(sparse_modules(model).values()))
+    before = module.catsparse_threshold.clone(), module.catsparse_preview.clone()
+    found = bench.bench_decode(model, "tiny", [0.5, 0.7], tiny.tokens(1, 4), 8, 1)
+    assert [(r.impl, r.sparsity) for r in found] == [
+        *(("dense", 0.0), ("catsparse", 0.0)),
+        *(("catsparse_product4", s) for s in (0.5, 0.7)),
+    ]
+    copies = 2 * preview_bytes(module.gate_proj.in_features, 4) / (3 * 4 * 32)
+    assert found[1].bytes_skipped == 0
+    assert found[3].bytes_skipped == pytest.approx(0.7 - copies, abs=0.09)
+    assert torch.equal(module.catsparse_threshold, before[0])
     assert torch.equal(module.catsparse_preview, before[1])
 
 

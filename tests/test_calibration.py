@@ -18,7 +18,8 @@ import catsparse
 import tiny
 from catsparse import Calibration, CatsparseError
 from catsparse.calibration import GateDecision
-from catsparse.methods import site_threshold
+from catsparse.config import METHODS
+from catsparse.methods import product_threshold, site_threshold
 from catsparse.statistics import BINS
 
 SITE = "model.layers.0.mlp"
@@ -337,10 +338,75 @@ def test_down_sparsity_out_of_range(with_products: Calibration, down: float) -> 
         with_products.thresholds(0.4, down_sparsity=down)
 
 
+def test_method_follows_from_what_was_calibrated(
+    calibration: Calibration, with_products: Calibration
+) -> None:
+    assert calibration.default_method() == "energy"
+    assert with_products.default_method() == "product"
+    assert with_products.default_method(0.6) == "energy"  # product leaves nothing to decide
+    by_default = with_products.thresholds(0.4)
+    for method in METHODS:
+        for name, t in with_products.thresholds(0.4, method).items():
+            assert torch.equal(by_default[name].threshold, t.threshold) == (method == "product")
+            assert t.sparsity == pytest.approx(0.4, abs=0.02)
+
+
+def test_thresholds_of_product_are_those_of_its_statistics(with_products: Calibration) -> None:
+    for compensate in (False, True):
+        for name, t in with_products.thresholds(0.3, "product", compensate).items():
+            expected = product_threshold(with_products.foretold[name], 0.3, compensate)
+            assert torch.equal(t.threshold, expected.threshold)
+            assert (t.mean is None) == (not compensate)
+
+
+def test_method_product_without_a_preview(calibration: Calibration) -> None:
+    with pytest.raises(CatsparseError, match="calibrate with preview=4"):
+        calibration.thresholds(0.5, "product")
+
+
+def test_method_product_takes_no_second_decision(with_products: Calibration) -> None:
+    with pytest.raises(CatsparseError, match="takes no down_sparsity"):
+        with_products.thresholds(0.4, "product", down_sparsity=0.6)
+
+
+def older(with_products: Calibration) -> Calibration:
+    """As it was before there was method product."""
+    return replace(with_products, foretold={})
+
+
+def test_file_older_than_method_product(with_products: Calibration, tmp_path: Path) -> None:
+    older(with_products).save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert (loaded.preview, loaded.foretold) == (4, {})
+    assert loaded.default_method() == "energy"
+    one, other = (c.thresholds(0.4, "energy")[SITE] for c in (loaded, with_products))
+    assert torch.equal(one.threshold, other.threshold)
+    with pytest.raises(CatsparseError, match="calibrate again with preview=4"):
+        loaded.thresholds(0.4, "product")
+    with pytest.raises(CatsparseError, match="calibrate one of them again"):
+        with_products + loaded
+
+
+@pytest.mark.parametrize("value", ["{", "1", "null", '"true"', "[true]"])
+def test_damaged_word_on_products_foretold(
+    with_products: Calibration, tmp_path: Path, value: str
+) -> None:
+    path = written(tmp_path / "file", with_products, {}, {"catsparse.foretold": value})
+    assert len(refusal(path)) < 1000
+
+
+def test_products_foretold_by_no_preview(with_products: Calibration, tmp_path: Path) -> None:
+    refusal(written(tmp_path / "file", replace(with_products, preview=None), {}, {}))
+
+
 def test_addition_with_products(with_products: Calibration) -> None:
     doubled = with_products + with_products
     assert (doubled.preview, doubled.products_at) == (4, GateDecision(0.4, "energy"))
     once = with_products.thresholds(0.4, down_sparsity=0.6)
+    first = with_products.thresholds(0.5, "product")[SITE]
+    twice = doubled.thresholds(0.5, "product")[SITE]
+    assert torch.equal(first.threshold, twice.threshold)
+    assert torch.equal(doubled.foretold[SITE].histogram, 2 * with_products.foretold[SITE].histogram)
     for name, t in doubled.thresholds(0.4, down_sparsity=0.6).items():
         assert t.product is not None
         assert once[name].product is not None
@@ -360,7 +426,10 @@ def test_addition_of_different_decisions(
         with_products + replace(with_products, **change)
 
 
-PRODUCT_FIELDS = ("product_histogram", "product_bucket_count", "product_bucket_sum", "down_norm")
+PRODUCT_FIELDS = (
+    *("product_histogram", "product_bucket_count", "product_bucket_sum", "down_norm"),
+    *("foretold_histogram", "foretold_bucket_count", "foretold_bucket_sum"),
+)
 
 
 @pytest.mark.parametrize("field", PRODUCT_FIELDS)
@@ -390,6 +459,10 @@ def test_damaged_products(
         ("product_bucket_count", -1),
         ("product_bucket_count", 10**6),  # more than the tokens
         ("product_bucket_sum", torch.inf),
+        ("foretold_histogram", -1),
+        ("foretold_histogram", 1),
+        ("foretold_bucket_count", -1),
+        ("foretold_bucket_sum", torch.nan),
         ("down_norm", -1.0),
         ("down_norm", torch.nan),
     ],
@@ -400,6 +473,16 @@ def test_products_that_contradict_each_other(
     name = f"{SITE}.{field}"
     damaged = poked(with_products.tensors()[name], bad)
     assert SITE in refusal(written(tmp_path / "file", with_products, {name: damaged}, {}))
+
+
+def test_neurons_that_saw_other_tokens(with_products: Calibration, tmp_path: Path) -> None:
+    """All tokens are foretold: a count may not wander from one neuron to another."""
+    name = f"{SITE}.foretold_bucket_count"
+    counts = with_products.tensors()[name].clone()
+    bucket = int(counts[:, 0].argmax())
+    counts[bucket, 0] -= 1
+    counts[bucket, 1] += 1
+    assert SITE in refusal(written(tmp_path / "file", with_products, {name: counts}, {}))
 
 
 @pytest.mark.parametrize("key", ["preview", "products_at"])

@@ -489,3 +489,92 @@ def test_what_the_saved_calibration_has_not(
     assert not (tmp_path / "out").exists()
     if "must be" not in says:
         assert "name the dense model to calibrate again" in " ".join(error.split())
+
+
+# Method product
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model: a 4-bit preview of the product drops 60%, asked for by --preview alone."""
+    directory = tmp_path_factory.mktemp("cli") / "products"
+    old = sys.argv
+    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
+    sys.argv += ["--preview", "4", "--sparsity", "0.6"]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    assert stop.value.code == 0
+    return directory
+
+
+def test_method_product_is_said(products: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "product, compensated, 4-bit product preview"
+    assert words in (products / "README.md").read_text()
+    assert words in " ".join(run(capsys, "info", products)[1].split())
+    told = json.loads(run(capsys, "info", products, "--json")[1])
+    assert (told["method"], told["preview"], told["down_sparsity"]) == ("product", 4, None)
+    assert told["measured_sparsity"] == pytest.approx(0.6, abs=0.01)
+    assert told["bytes_skipped"] == pytest.approx(0.6 - 2 * 0.5625 / 6, abs=0.02)
+    result = json.loads(run(capsys, "evaluate", products, *SMALL, "--json")[1])
+    assert result["method"] == "product"
+    assert result["sparsity"] == result["down_sparsity"] == pytest.approx(0.6, abs=0.03)
+    text = run(capsys, "evaluate", products, *SMALL)[1]
+    assert "4-bit preview of the product decides" in " ".join(text.split())
+    assert "down rows" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [((), "product"), (("--method", "energy"), "energy"), (("--method", "cats"), "cats")],
+)
+def test_methods_from_a_saved_calibration_with_a_preview(
+    products: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    method: str,
+) -> None:
+    arguments = ("sparsify", products, "-o", tmp_path / "out", "--sparsity", 0.5, *options)
+    result = json.loads(run(capsys, *arguments, "--json")[1])
+    assert (result["method"], result["preview"]) == (method, 4)
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.02)
+    text = " ".join(run(capsys, *arguments)[1].split())
+    on = "product" if method == "product" else "gate"
+    assert f"of neurons dropped by a 4-bit {on} preview" in text
+
+
+def test_second_decision_with_a_preview_of_the_gate(
+    twice: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert json.loads(run(capsys, "info", twice, "--json")[1])["method"] == "energy"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--method", "product"), "calibrate with preview=4 (--preview 4)"),
+        (
+            ("--method", "product", "--preview", 4, "--down-sparsity", 0.7),
+            "takes no down_sparsity",
+        ),
+        (("--method", "magic"), "method must be one of cats, chess, energy, product"),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["calibrating", "saved"])
+def test_method_product_that_cannot_be(
+    artifact: Path,
+    products: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[Any, ...],
+    says: str,
+    saved: bool,
+) -> None:
+    source = (products if "--preview" in options else artifact) if saved else "default"
+    code, text, error = run(capsys, "sparsify", source, "-o", tmp_path / "out", *options)
+    assert (code, text) == (2, "")
+    assert says in " ".join(error.split())
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from catsparse import config as module
 from catsparse.config import (
     ACTIVATIONS,
     FORMAT_VERSION,
-    METHODS,
+    GATE_METHODS,
     PREFILL_POLICIES,
     PREVIEW_BITS,
     BaseModel,
@@ -105,6 +105,34 @@ def test_round_trip_with_preview_and_second_decision() -> None:
     assert SparsityConfig.from_json(config.to_json()) == config
     assert config.described == "chess, compensated, 4-bit gate preview, 65% of the down rows unread"
     assert example().described == "chess, compensated"
+
+
+def of_products(**changes: Any) -> SparsityConfig:
+    return example(**({"method": "product", "preview": 4} | changes))
+
+
+def test_round_trip_of_method_product() -> None:
+    config = of_products()
+    assert SparsityConfig.from_json(config.to_json()) == config
+    assert config.described == "product, compensated, 4-bit product preview"
+    assert (config.decided_on, decided_twice().decided_on) == ("product", "gate")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (
+            {"preview": None},
+            r"preview=4 \(--preview 4\), or take one of cats, chess",
+        ),
+        ({"down_sparsity": 0.65}, "takes no down_sparsity; leave that out, or take one of cats"),
+    ],
+)
+def test_method_product_needs_a_preview_and_nothing_else(
+    changes: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(CatsparseError, match=remedy):
+        of_products(**changes)
 
 
 NEW = ("preview", "down_sparsity", "measured_down_sparsity")
@@ -195,7 +223,7 @@ site_configs = st.builds(
     st.builds(
         SparsityConfig,
         sites=st.dictionaries(names, site_configs, min_size=1, max_size=3),
-        method=st.sampled_from(METHODS),
+        method=st.sampled_from(GATE_METHODS),
         compensate=st.booleans(),
         sparsity=st.floats(0, 1, exclude_max=True),
         measured_sparsity=st.none() | share,
@@ -231,6 +259,9 @@ def test_bytes_of_a_preview_are_counted(bits: int, dtype: str, itemsize: int, hi
     alone = {"sites": {SITE: one}, "calibration": provenance}
     assert example(**alone, preview=bits).bytes_skipped == pytest.approx(0.5 - read, abs=1e-12)
     assert example(**alone).bytes_skipped == pytest.approx(1 / 3)
+    both_read = 2 * read  # of products: W_gate and W_up
+    products = of_products(**alone, preview=bits).bytes_skipped
+    assert products == pytest.approx(0.5 - both_read, abs=1e-12)
     second = decided_twice(sites={SITE: site}, preview=None, calibration=None)
     assert second.bytes_skipped == pytest.approx((0.5 + 0.65) / 3)
 

@@ -26,12 +26,12 @@ from transformers import (
 
 import catsparse
 import kernels_in_torch
-from catsparse import decoding
+from catsparse import decoding, modules
 from catsparse.decoding import fused, loop
 from catsparse.decoding.fused import FusedStep
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
-from catsparse.kernels import Backend, Call, Choice
+from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
 from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import run_dense
 from tiny import SMALL, build, calibrate, llama_config, tokens
@@ -123,6 +123,19 @@ def test_greedy_tokens(name: str, sparse: bool, device: str) -> None:
     check(make(name, device, sparse), tokens(1, 30))
 
 
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls of the kernel from now on."""
+    calls: list[Call] = []
+    launch = fused.launch
+
+    def note(call: Call, **options: Any) -> Tensor:
+        calls.append(call)
+        return launch(call, **options)
+
+    monkeypatch.setattr(fused, "launch", note)
+    return calls
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("down", [None, 0.7])
 def test_preview_and_second_decision(
@@ -132,20 +145,41 @@ def test_preview_and_second_decision(
     calibration = catsparse.calibrate(
         model, tokens(8, 32, 7), preview=4, products_at=0.5, progress=False
     )
-    catsparse.sparsify(model, calibration, 0.5, down_sparsity=down)
-    calls: list[Call] = []
-    launch = fused.launch
-
-    def note(call: Call, **options: Any) -> Tensor:
-        calls.append(call)
-        return launch(call, **options)
-
-    monkeypatch.setattr(fused, "launch", note)
+    catsparse.sparsify(model, calibration, 0.5, "energy", down_sparsity=down)
+    calls = noted(monkeypatch)
     check(model, tokens(batch, 30))
     module = next(iter(sparse_modules(model).values()))
     assert calls[-1].preview is not None
     assert (calls[-1].product_threshold is None) == (down is None)
     assert module.catsparse_preview is not None
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's kernel has no preview of products: a second decision is made on the exact ones."""
+    model = make("llama", device)
+    calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
+    catsparse.sparsify(model, calibration, 0.6)
+    assert model.catsparse.config.method == "product"
+    calls = noted(monkeypatch)
+
+    def by_exact_products(*arguments: Any, backend: str) -> Tensor:
+        call = Call(*arguments)
+        if call.previews_products:
+            call = call._replace(
+                threshold=call.threshold.new_tensor(-1.0), product_threshold=call.threshold
+            )
+        return gated_mlp_reference(*call._replace(preview=None, preview_scale=None))
+
+    monkeypatch.setattr(modules, "gated_mlp", by_exact_products)
+    check(model, tokens(batch, 30))
+    module = next(iter(sparse_modules(model).values()))
+    assert module.catsparse_preview is not None
+    if batch == 1:
+        own = next(call for call in calls if call.product_threshold is not None)  # past the checks
+        assert own.preview is None
+        assert float(own.threshold) == -1
+        assert torch.equal(own.product_threshold, module.catsparse_threshold)
 
 
 @pytest.mark.parametrize("batch", [2, 4, 7])

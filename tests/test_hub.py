@@ -850,6 +850,84 @@ def test_round_trip_with_preview_and_second_decision(
     assert "4-bit gate preview, 60% of the down rows unread" in card
 
 
+@pytest.fixture(scope="module")
+def saved_products(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An intact adapter of method product."""
+    model = hub.load_dense_model(str(base))
+    catsparse.sparsify(
+        model, catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False), 0.6
+    )
+    folder = tmp_path_factory.mktemp("hub") / "products"
+    catsparse.save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_round_trip_of_method_product(saved_products: Path, merge: bool, tmp_path: Path) -> None:
+    first = catsparse.load(saved_products)
+    catsparse.save(first, tmp_path / "again", merge=merge)
+    second = catsparse.load(tmp_path / "again")
+    assert second.catsparse.config.method == "product"
+    assert second.catsparse.config.sites == first.catsparse.config.sites
+    for n in (SHORT, LONG):
+        assert torch.equal(logits(first, n), logits(second, n))
+    for one, other in zip(
+        sparse_modules(first).values(), sparse_modules(second).values(), strict=True
+    ):
+        assert other.catsparse_of_products
+        for name in ("threshold", "preview", "preview_scale", "mean"):
+            values = [getattr(m, f"catsparse_{name}") for m in (one, other)]
+            assert torch.equal(*values), name
+    assert "product, compensated, 4-bit product preview" in (
+        (tmp_path / "again" / "README.md").read_text()
+    )
+    calibration = second.catsparse.calibration
+    catsparse.sparsify(catsparse.densify(second), calibration, 0.7)  # without the model's data
+    assert second.catsparse.config.method == "product"
+    catsparse.sparsify(catsparse.densify(second), calibration, 0.5, "cats")
+    assert second.catsparse.config.method == "cats"
+
+
+def test_files_older_than_method_product(saved_twice: Path, tmp_path: Path) -> None:
+    """Nothing foretold is in them: they load, and other thresholds follow by the gate's methods."""
+    expected = logits(catsparse.load(saved_twice))
+    folder = shutil.copytree(saved_twice, tmp_path / "older")
+
+    def cut(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        del metadata["catsparse.foretold"]
+        for key in [key for key in tensors if ".foretold_" in key]:
+            del tensors[key]
+
+    edit_tensors(cut)(folder)
+    model = catsparse.load(folder)
+    assert torch.equal(logits(model), expected)
+    calibration = model.catsparse.calibration
+    catsparse.sparsify(catsparse.densify(model), calibration, 0.5)
+    assert model.catsparse.config.method == "energy"
+    with pytest.raises(CatsparseError, match="calibrate again with preview=4") as caught:
+        catsparse.sparsify(catsparse.densify(model), calibration, 0.5, "product")
+    one_line(caught.value)
+
+
+BROKEN_PRODUCTS: dict[str, Callable[[Path], None]] = {
+    "no preview": put("preview", None),
+    "another method": put("method", "energy"),
+    "down_sparsity": put("down_sparsity", 0.7),
+    "site with a product_threshold": site("product_threshold", "0.5"),
+    "statistics missing": edit_tensors(lambda t, _: t.pop(f"{FIRST}.foretold_histogram")),
+    "statistics of the gate itself": edit_tensors(lambda _, m: m.pop("catsparse.preview")),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PRODUCTS)
+def test_broken_artifact_of_method_product(name: str, saved_products: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved_products, tmp_path / "artifact")
+    BROKEN_PRODUCTS[name](folder)
+    with pytest.raises(CatsparseError) as caught:
+        catsparse.load(folder)
+    one_line(caught.value)
+
+
 BROKEN_TWICE: dict[str, Callable[[Path], None]] = {
     "preview of another width": put("preview", 8),
     "no preview": put("preview", None),

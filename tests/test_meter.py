@@ -199,11 +199,42 @@ def test_both_decisions_against_counting_by_hand(llama: Any, windows: Tensor) ->
     assert meter.down_sparsity > meter.sparsity + 0.1
 
 
-def test_preview_that_is_not_in_use_is_not_counted(llama: Any, windows: Tensor) -> None:
-    sparsify(llama, catsparse.calibrate(llama, windows, preview=4, progress=False))
+def test_product_of_the_preview_against_counting_by_hand(llama: Any, windows: Tensor) -> None:
+    sparsify(llama, catsparse.calibrate(llama, windows, preview=4, progress=False), 0.6)
+    inputs: dict[str, Tensor] = {}
+    for name, mlp in sparse_modules(llama).items():
+        mlp.register_forward_pre_hook(
+            lambda m, a, name=name: inputs.update({name: a[0].flatten(0, -2)})
+        )
+    with torch.no_grad(), achieved_sparsity(llama) as meter:
+        tiny.logits(llama)
+    for name, x in inputs.items():
+        mlp = llama.get_submodule(name)
+        previews = [make_preview(getattr(mlp, c).weight, 4) for c in ("gate_proj", "up_proj")]
+        gate, up = (x @ dequantize(*preview, 32, x.dtype).t() for preview in previews)
+        dropped = (F.silu(gate) * up).abs() <= mlp.catsparse_threshold
+        share = float(dropped.double().mean())
+        assert meter.sites[name] == meter.down_sites[name] == pytest.approx(share, abs=2e-3)
+        read = sum(t.nbytes for preview in previews for t in preview) / (3 * 48 * 32 * 4)
+        skipped = meter.site_bytes_skipped(name)
+        assert skipped == pytest.approx(share - read, abs=2e-3)
+        assert meter.site_bytes_skipped(name, down=False) == pytest.approx(
+            2 / 3 * share - read, abs=2e-3
+        )
+    assert meter.bytes_skipped == pytest.approx(meter.sparsity - read)
+    assert meter.sparsity == meter.down_sparsity == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize(("method", "rows"), [("energy", 2), ("product", 1)])
+def test_preview_that_is_not_in_use_is_not_counted(
+    llama: Any, windows: Tensor, method: str, rows: int
+) -> None:
+    """The exact gate must be read, for the exact product W_up as well."""
+    calibration = catsparse.calibrate(llama, windows, preview=4, progress=False)
+    sparsify(llama, calibration, method=method)
     for mlp in sparse_modules(llama).values():
         mlp.gate_proj.register_forward_hook(lambda *_: None)
     with torch.no_grad(), achieved_sparsity(llama) as meter:
         tiny.logits(llama)
     assert meter.down_sparsity == meter.sparsity
-    assert meter.bytes_skipped == pytest.approx(2 / 3 * meter.sparsity)
+    assert meter.bytes_skipped == pytest.approx(rows / 3 * meter.sparsity)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catsparse.errors import CatsparseError
-from catsparse.methods import METHODS, SiteThreshold, site_threshold
+from catsparse.methods import METHODS, SiteThreshold, product_threshold, site_threshold
+from catsparse.products import ProductStatistics
 from catsparse.statistics import SiteStatistics
 from test_statistics import activations, count
 
@@ -242,3 +243,70 @@ def test_means_are_over_dropped_tokens_only(method: str) -> None:
     assert float(off.mean()) < 0.001
     everywhere = F.mse_loss(h.double().mean(0) / typical, direct / typical)
     assert float(everywhere) > 0.1  # the mean over all tokens is something else
+
+
+# Method product: decided on what a preview foretells
+
+
+def foretelling(tokens: int = TOKENS, neurons: int = NEURONS) -> tuple[Tensor, ...]:
+    """h, what a preview makes of it, the norms of W_down's rows, and the statistics."""
+    h = uneven(tokens, neurons)[2]
+    noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(5))
+    foretold, norm = 1.1 * h + 0.1 * h.std() * noise, torch.linspace(2.0, 0.3, neurons)
+    return h, foretold, norm
+
+
+def statistics_of(h: Tensor, foretold: Tensor, norm: Tensor) -> ProductStatistics:
+    statistics = ProductStatistics.empty(norm)
+    for piece in range(0, len(h), 977):
+        statistics.update(foretold[piece : piece + 977], h[piece : piece + 977])
+    return statistics
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.51, 0.7, 0.95])
+def test_product_cuts_the_foretold_scores_at_their_quantile(sparsity: float) -> None:
+    _, foretold, norm = data = foretelling()
+    t = product_threshold(statistics_of(*data), sparsity, False)
+    scores = (foretold.double().abs() * norm).flatten().sort().values
+    assert t.scalar == pytest.approx(float(scores[round(sparsity * len(scores)) - 1]), rel=2**-7)
+    torch.testing.assert_close(
+        t.threshold * norm, torch.full_like(norm, t.scalar), rtol=2**-7, atol=0
+    )
+    assert (t.threshold.shape, t.threshold.dtype) == ((NEURONS,), torch.float32)
+    dropped = float((foretold.abs() <= t.threshold).double().mean())
+    assert t.sparsity == pytest.approx(sparsity, abs=2e-3)
+    assert dropped == pytest.approx(sparsity, abs=4e-3)
+    assert (t.mean, t.product, t.product_scalar, t.down_sparsity) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.51, 0.7])
+def test_means_of_product_are_of_the_exact_products(sparsity: float) -> None:
+    h, foretold, _ = data = foretelling()
+    t = product_threshold(statistics_of(*data), sparsity, True)
+    assert t.mean is not None
+    dropped = foretold.abs() <= t.threshold
+    typical = ((h.double() ** 2 * dropped).sum(0) / dropped.sum(0)).sqrt()
+
+    def off(of: Tensor) -> Tensor:
+        direct = (of.double() * dropped).sum(0) / dropped.sum(0)
+        return ((t.mean - direct) / typical).square()[often(dropped)]
+
+    # Interpolation within octaves, coarser than the gate's half-octaves.
+    assert float(off(h).max()) < 0.01
+    assert float(off(h).mean()) < 0.001
+    assert float(off(foretold).max()) > float(off(h).max())
+
+
+def test_product_at_0_and_with_dead_neurons() -> None:
+    h, foretold, norm = foretelling(300, 9)
+    t = product_threshold(statistics_of(h, foretold, norm), 0.0, True)
+    assert bool((t.threshold == -1).all())
+    assert (t.sparsity, t.scalar) == (0, -1)
+    assert t.mean is not None
+    assert not bool(t.mean.any())
+    norm[4] = 0  # a row of W_down that adds nothing
+    t = product_threshold(statistics_of(h, foretold, norm), 0.5, True)
+    assert bool(t.threshold.isfinite().all())
+    assert not bool((foretold[:, 4].abs() > t.threshold[4]).any())
+    assert t.mean is not None
+    assert float(t.mean[4]) == pytest.approx(float(h[:, 4].mean()), rel=1e-4)

@@ -384,3 +384,185 @@ def test_prefill_and_decode_decide_alike_in_bf16(llama: Any, windows: Tensor) ->
         total += x.shape[0] * I
     assert same[0] / total >= 0.999
     assert same[1] / total >= 0.999
+
+
+# A preview of products
+
+
+def sparse_of_products(dense: nn.Module, bits: int = 4, compensate: bool = True) -> SparseMLP:
+    torch.manual_seed(1)
+    threshold, mean = 0.1 + 0.3 * torch.rand(I), 0.3 * torch.randn(I) if compensate else None
+    site = match_gated_mlp(dense)
+    return add_sparsity(dense, site, threshold, mean, "masked", preview=bits, of_products=True)
+
+
+def product_by_hand(mlp: SparseMLP, x: Tensor, bits: int | None) -> Tensor:
+    """What ``mlp`` ought to compute, the preview of both (or both themselves) deciding."""
+    gate, up, down = weights(mlp)
+    h = F.silu(x @ gate.t()) * (x @ up.t())
+    decides = h
+    if bits is not None:
+        gate, up = (preview_by_hand(w, bits).to(x.dtype) for w in (gate, up))
+        decides = F.silu(x @ gate.t()) * (x @ up.t())
+    kept = decides.abs() > mlp.catsparse_threshold
+    if x.numel() > 100:
+        assert 0.1 < float(kept.float().mean()) < 0.9
+    fill = torch.zeros(I) if mlp.catsparse_mean is None else mlp.catsparse_mean
+    return torch.where(kept, h, fill) @ down.t()
+
+
+def check_products(mlp: SparseMLP, bits: int | None) -> None:
+    masks: list[tuple[Tensor, Tensor]] = []
+    for tokens in (1, 5, MAX_OP_TOKENS + 9):
+        x = torch.randn(tokens, H)
+        expected = product_by_hand(mlp, x, bits)
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+        mlp.catsparse_counter = lambda *both: masks.append(both)
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+        mlp.catsparse_counter = None
+    assert masks
+    assert all(keep is kept for keep, kept in masks)  # gate's and down's rows alike
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+def test_product_in_every_path_against_hand(
+    fused: bool, bits: int, compensate: bool, spy: list[Any]
+) -> None:
+    mlp = sparse_of_products(dense_mlp(fused), bits, compensate)
+    assert mlp.catsparse_preview is not None
+    assert mlp.catsparse_preview.shape[0] == 2 * I
+    check_products(mlp, bits)
+    assert spy == [(1, True), (5, True)]
+    mlp.set_threshold(torch.tensor(0.25), None)
+    check_products(mlp, bits)
+
+
+def test_product_of_the_preview_is_not_the_exact_one() -> None:
+    mlp, x = sparse_of_products(dense_mlp()), torch.randn(64, H)
+    assert not torch.allclose(mlp(x), product_by_hand(mlp, x, None), atol=1e-2)
+    assert not torch.allclose(mlp(x), product_by_hand(mlp, x, 8), atol=1e-2)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["gate", "up"])
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_preview_of_products_follows_both_weights(which: int, fused: bool, tokens: int) -> None:
+    mlp = sparse_of_products(dense_mlp(fused))
+    mlp(torch.randn(tokens, H))
+    weights(mlp)[which].mul_(torch.linspace(0.5, 2, H))
+    x = torch.randn(tokens, H)
+    torch.testing.assert_close(mlp(x), product_by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+    check_products(mlp, 4)
+
+
+def test_preview_of_products_follows_new_children_and_steps() -> None:
+    mlp = sparse_of_products(dense_mlp())
+    for child in ("gate_proj", "up_proj"):
+        linear = nn.Linear(H, I, bias=False)
+        nn.init.normal_(linear.weight, std=0.25)
+        setattr(mlp, child, linear)
+        check_products(mlp, 4)
+    mlp.up_proj.weight.data.mul_(1.5)  # as a LoRA merge writes: the version does not tell
+    mlp.up_proj = mlp.up_proj
+    check_products(mlp, 4)
+
+
+def test_preview_of_the_gate_does_not_watch_up() -> None:
+    mlp = sparse(dense_mlp())
+    made = mlp.catsparse_preview
+    mlp.up_proj.weight.mul_(2)
+    check(mlp, 4)
+    assert mlp.catsparse_preview is made
+
+
+# Where the product itself decides
+
+
+def test_training_decides_by_the_product() -> None:
+    mlp, x = sparse_of_products(dense_mlp()), torch.randn(40, H)
+    for few in (x, x[:3]):
+        y = mlp(few)
+        assert y.requires_grad
+        torch.testing.assert_close(y, product_by_hand(mlp, few, None), rtol=1e-4, atol=1e-4)
+    gate, up, _ = weights(mlp)
+    kept = (F.silu(x @ gate.t()) * (x @ up.t())).abs() > mlp.catsparse_threshold
+    never = ~kept.any(0)
+    never[0] = True
+    mlp.catsparse_threshold = torch.where(never, 3e38, mlp.catsparse_threshold)
+    mlp(x).square().sum().backward()
+    for child in (mlp.gate_proj, mlp.up_proj):  # the gradient passes kept neurons only
+        assert not bool(child.weight.grad[never].any())
+        assert bool(child.weight.grad[~never].any())
+
+
+def test_module_in_train_mode_decides_by_the_product() -> None:
+    mlp = sparse_of_products(dense_mlp()).train()
+    check_products_without_masks(mlp)
+    mlp.eval()
+    check_products(mlp, 4)
+
+
+def check_products_without_masks(mlp: SparseMLP) -> None:
+    for tokens in (1, 5, MAX_OP_TOKENS + 9):
+        x = torch.randn(tokens, H)
+        torch.testing.assert_close(mlp(x), product_by_hand(mlp, x, None), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])
+def test_hooked_children_decide_by_the_product(child: str) -> None:
+    mlp = sparse_of_products(dense_mlp())
+    handle = getattr(mlp, child).register_forward_hook(lambda *_: None)
+    check_products(mlp, None)
+    handle.remove()
+    check_products(mlp, 4)
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_dense_matmuls_on_a_gpu_decide_by_the_product(tokens: int, spy: list[Any]) -> None:
+    mlp = sparse_of_products(dense_mlp())
+    mlp._catsparse_choice = Choice(Backend.CUDA, 4, "as on a GPU")
+    x = torch.randn(tokens, H)
+    expected = product_by_hand(mlp, x, 4 if tokens == 4 else None)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+    assert spy == [(tokens, tokens == 4)]
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_OP_TOKENS + 1])
+def test_product_compiled(tokens: int) -> None:
+    mlp, x = sparse_of_products(dense_mlp()), torch.randn(tokens, H)
+    expected = mlp(x)
+    torch.compiler.reset()
+    compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_copies_of_products_are_independent(fused: bool) -> None:
+    mlp = sparse_of_products(dense_mlp(fused))
+    file = io.BytesIO()
+    torch.save(mlp, file)
+    file.seek(0)
+    for other in (copy.deepcopy(mlp), torch.load(file, weights_only=False)):
+        weights(other)[1].mul_(-2)
+        check_products(other, 4)
+        check_products(mlp, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_product_at_sparsity_0_gives_the_dense_logits(
+    llama: Any, windows: Tensor, bits: int
+) -> None:
+    dense = {n: tiny.logits(llama, n) for n in (tiny.SHORT, tiny.LONG)}
+    attributes = [sorted(m.__dict__) for m in llama.modules()]
+    calibration = catsparse.calibrate(llama, windows, preview=bits, progress=False)
+    catsparse.sparsify(llama, calibration, 0.0)
+    assert llama.catsparse.config.method == "product"
+    assert tiny.close(tiny.logits(llama, tiny.SHORT), dense[tiny.SHORT], 1e-5)
+    assert torch.equal(tiny.logits(llama, tiny.LONG), dense[tiny.LONG])
+    for mode in (True, False):
+        llama.train(mode)
+        assert tiny.close(tiny.logits(llama, tiny.SHORT), dense[tiny.SHORT], 1e-5)
+    catsparse.densify(llama)
+    assert [sorted(m.__dict__) for m in llama.modules()] == attributes

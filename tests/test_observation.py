@@ -617,7 +617,14 @@ def test_result_is_on_the_cpu_and_usable(llama: Any, windows: Tensor) -> None:
 
 
 def gates_by_hand(model: Any, windows: Tensor, bits: int | None) -> dict[str, tuple[Tensor, ...]]:
-    """(g that decides, u, h) of each site, from hooks of our own."""
+    """(g that decides, u, h) of each site."""
+    return {name: found[:3] for name, found in foretold_by_hand(model, windows, bits).items()}
+
+
+def foretold_by_hand(
+    model: Any, windows: Tensor, bits: int | None
+) -> dict[str, tuple[Tensor, ...]]:
+    """(g that decides, u, h, h foretold) of each site, from hooks of our own."""
     seen: dict[str, list[Tensor]] = {name: [] for name in SITES}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -633,11 +640,12 @@ def gates_by_hand(model: Any, windows: Tensor, bits: int | None) -> dict[str, tu
     found = {}
     for name, parts in seen.items():
         mlp, x = model.get_submodule(name), torch.cat(parts)
-        w_gate = decides = mlp.gate_proj.weight.detach()
+        w_gate, w_up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
+        decides = [w_gate, w_up]
         if bits is not None:
-            decides = dequantize(*make_preview(w_gate, bits), w_gate.shape[1], x.dtype)
-        u = x @ mlp.up_proj.weight.detach().t()
-        found[name] = F.silu(x @ decides.t()), u, F.silu(x @ w_gate.t()) * u
+            decides = [dequantize(*make_preview(w, bits), w.shape[1], x.dtype) for w in decides]
+        g, u = F.silu(x @ decides[0].t()), x @ w_up.t()
+        found[name] = g, u, F.silu(x @ w_gate.t()) * u, g * (x @ decides[1].t())
     return found
 
 
@@ -664,6 +672,37 @@ def test_preview_is_what_is_counted(llama: Any, windows: Tensor, bits: int) -> N
         assert int((own.histogram - exact.histogram).abs().sum()) > 1000
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_foretold_are_those_of_both_previews(
+    llama: Any, windows: Tensor, bits: int
+) -> None:
+    calibration = quiet(llama, windows, preview=bits)
+    assert calibration.foretold.keys() == calibration.sites.keys()
+    for name, (_, _, h, foretold) in foretold_by_hand(llama, windows, bits).items():
+        norm = llama.get_submodule(name).down_proj.weight.detach().double().norm(dim=0).float()
+        own, expected = calibration.foretold[name], ProductStatistics.empty(norm)
+        expected.update(foretold, h)
+        torch.testing.assert_close(own.down_norm, norm, rtol=1e-5, atol=0)
+        assert_alike(own.histogram, expected.histogram)
+        assert_alike(own.bucket_count, expected.bucket_count)
+        sums = own.bucket_sum.sum(0), expected.bucket_sum.sum(0)
+        torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)  # of the exact product
+        exact = ProductStatistics.empty(norm)
+        exact.update(h, h)
+        assert int((own.histogram - exact.histogram).abs().sum()) > 1000
+    assert not quiet(llama, windows).foretold
+
+
+def test_share_of_product_on_the_calibration_tokens(llama: Any, windows: Tensor) -> None:
+    """The first layer sees the very inputs that were counted: there the share is exact."""
+    catsparse.sparsify(llama, quiet(llama, windows, preview=4), 0.6)
+    with torch.no_grad(), catsparse.achieved_sparsity(llama) as meter:
+        llama(input_ids=windows)
+    share = llama.catsparse.config.sites[SITES[0]].sparsity
+    assert share == pytest.approx(0.6, abs=1e-3)
+    assert meter.sites[SITES[0]] == meter.down_sites[SITES[0]] == pytest.approx(share, abs=5e-3)
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("method", ["cats", "chess"])
 def test_products_are_those_behind_the_gate(
@@ -679,7 +718,7 @@ def test_products_are_those_behind_the_gate(
         own = calibration.products[name]
         torch.testing.assert_close(own.down_norm, norm, rtol=1e-5, atol=0)
         expected = ProductStatistics.empty(norm)
-        expected.update(g, h, thresholds[name].threshold)
+        expected.update(h, h, g.abs() > thresholds[name].threshold)
         assert int((own.histogram - expected.histogram).abs().sum()) <= 8
         assert int((own.bucket_count - expected.bucket_count).abs().sum()) <= 8
         sums = own.bucket_sum.sum(0), expected.bucket_sum.sum(0)
@@ -706,7 +745,7 @@ def test_shares_on_the_calibration_tokens(llama: Any, windows: Tensor) -> None:
 def test_pads_are_in_neither_pass(llama: Any) -> None:
     batch = padded_batch("right")
     calibration = quiet(llama, [batch], preview=4, products_at=0.0, method="chess")
-    for products in calibration.products.values():
+    for products in (*calibration.products.values(), *calibration.foretold.values()):
         assert bool((products.bucket_count.sum(0) == 41).all())
 
 
@@ -720,6 +759,11 @@ def test_fused_projection_has_a_preview(windows: Tensor) -> None:
         model(input_ids=windows)
     assert meter.sparsity == pytest.approx(0.4, abs=0.02)
     assert meter.down_sparsity == pytest.approx(0.6, abs=0.01)
+    catsparse.sparsify(catsparse.densify(model), calibration, 0.6)
+    assert model.catsparse.config.method == "product"
+    with torch.no_grad(), catsparse.achieved_sparsity(model) as meter:
+        model(input_ids=windows)
+    assert meter.sparsity == meter.down_sparsity == pytest.approx(0.6, abs=0.01)
 
 
 def test_data_that_can_be_read_only_once(llama: Any, batches: list[Any]) -> None:
@@ -747,6 +791,7 @@ def test_data_that_is_other_when_read_again(llama: Any, batches: list[Any]) -> N
         ({"preview": 4.0}, "preview must be 4 or 8"),
         ({"products_at": 1.0}, "sparsity must be"),
         ({"products_at": 0.5, "method": "teal"}, "method must be one of"),
+        ({"products_at": 0.5, "method": "product"}, "method must be one of cats, chess, energy"),
     ],
 )
 def test_unusable_options(llama: Any, windows: Tensor, options: Any, says: str) -> None:
@@ -761,10 +806,15 @@ def test_weights_that_cannot_be_read(llama: Any, windows: Tensor) -> None:
 
     before = snapshot(llama)
     mlp = llama.model.layers[1].mlp
-    for child, option in (("gate_proj", {"preview": 4}), ("down_proj", {"products_at": 0.5})):
+    both = {"preview": 4}, {"products_at": 0.5}
+    for child, option in (
+        *((child, both[0]) for child in ("gate_proj", "up_proj", "down_proj")),
+        ("down_proj", both[1]),
+    ):
         linear = getattr(mlp, child)
         linear.__class__ = Wrapped
-        with pytest.raises(CatsparseError, match=f"{child} is .*; calibrate without") as caught:
+        remedy = f"{child} is .*; calibrate without {next(iter(option))}"
+        with pytest.raises(CatsparseError, match=remedy) as caught:
             quiet(llama, windows, **option)
         assert SITES[1] in one_line(caught)
         linear.__class__ = nn.Linear

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from catsparse.methods import METHODS, SiteThreshold, site_threshold
-from catsparse.products import ProductStatistics, second_decision
+from catsparse.products import ProductStatistics, decide, second_decision
 from catsparse.statistics import BINS, BUCKETS
 from test_methods import TOKENS, often, uneven
 from test_statistics import bf16_bits, count
@@ -20,8 +20,8 @@ def norms(neurons: int) -> Tensor:
 
 def gather(g: Tensor, h: Tensor, threshold: Tensor, norm: Tensor) -> ProductStatistics:
     products = ProductStatistics.empty(norm)
-    for piece in range(0, len(g), 977):
-        products.update(g[piece : piece + 977], h[piece : piece + 977], threshold)
+    for part_of_g, part in zip(g.split(977), h.split(977), strict=True):
+        products.update(part, part, part_of_g.float().abs() > threshold)
     return products
 
 
@@ -187,3 +187,57 @@ def test_scale_of_the_scores_does_not_matter() -> None:
         second = second_decision(products, g.numel(), 0.6)
         kept.append((h * scale).abs() > second.threshold)
     assert float((kept[0] == kept[1]).double().mean()) > 0.99
+
+
+# The product that a preview foretells
+
+
+def foretold(h: Tensor) -> Tensor:
+    """What a poor preview would make of h: each neuron off by its own factor, and noise."""
+    noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(5))
+    return h * torch.linspace(0.6, 1.5, h.shape[1]) + 0.1 * noise
+
+
+@pytest.mark.parametrize(("tokens", "neurons"), [(1, 1), (3, 7), (129, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_the_foretold_and_sums_the_exact(
+    tokens: int, neurons: int, dtype: torch.dtype
+) -> None:
+    h, norm = uneven(tokens, neurons)[2].to(dtype), norms(neurons)
+    seen = foretold(h.float()).to(dtype)
+    products = ProductStatistics.empty(norm)
+    products.update(seen, h)
+    bits = bf16_bits(seen.float().abs() * norm)
+    octaves = np.clip((bits >> 7) - 127 + 22, 0, BUCKETS - 1)
+    assert np.array_equal(products.histogram, np.bincount(bits.ravel(), minlength=BINS))
+    for i in range(neurons):
+        counts = np.bincount(octaves[:, i], minlength=BUCKETS)
+        sums = np.bincount(octaves[:, i], weights=h[:, i].double(), minlength=BUCKETS)
+        assert np.array_equal(products.bucket_count[:, i], counts)
+        np.testing.assert_allclose(products.bucket_sum[:, i], sums, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("which", ["foretold", "exact"])
+def test_neither_may_be_not_finite(value: float, which: str) -> None:
+    h = uneven(20, 5)[2]
+    seen = {"foretold": foretold(h), "exact": h.clone()}
+    seen[which][3, 2] = value
+    products = ProductStatistics.empty(norms(5))
+    products.update(seen["foretold"], seen["exact"])
+    assert not products.is_finite
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.51, 0.65, 0.95])
+def test_share_of_what_was_counted_is_dropped(share: float) -> None:
+    h = uneven()[2]
+    seen = foretold(h)
+    products = ProductStatistics.empty(norms(h.shape[1]))
+    products.update(seen, h)
+    cut = decide(products, share)
+    dropped = seen.abs() <= cut.threshold
+    assert cut.seen == h.numel()
+    assert cut.dropped / cut.seen == pytest.approx(share, abs=2e-3)
+    assert float(dropped.double().mean()) == pytest.approx(share, abs=3e-3)
+    if not share:
+        assert bool((cut.threshold == -1).all())

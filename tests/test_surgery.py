@@ -382,3 +382,70 @@ def test_config_alone_with_a_preview(llama: Any, windows: Any) -> None:
     with pytest.raises(CatsparseError, match="second decision") as caught:
         sparsify(llama, config)
     one_line(caught)
+
+
+# Method product
+
+
+def test_preview_decides_on_the_product_by_default(llama: Any, windows: Any) -> None:
+    calibration = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    thresholds = calibration.thresholds(0.6, "product")
+    config = state_of(sparsify(llama, calibration, 0.6)).config
+    assert (config.method, config.preview, config.down_sparsity) == ("product", 4, None)
+    for name, t in thresholds.items():
+        site, mlp = config.sites[name], llama.get_submodule(name)
+        assert (site.threshold, site.sparsity) == (t.scalar, t.sparsity)
+        assert (site.product_threshold, site.down_sparsity) == (None, None)
+        assert torch.equal(mlp.catsparse_threshold, t.threshold)
+        assert torch.equal(mlp.catsparse_mean, t.mean)
+        assert mlp.catsparse_of_products
+        assert mlp.catsparse_preview.shape[0] == 2 * 48
+    for options, method in (
+        ({"method": "energy"}, "energy"),
+        ({"method": "cats"}, "cats"),
+        ({"down_sparsity": 0.6}, "energy"),
+    ):
+        densify(llama)
+        sparsify(llama, calibration, 0.4, **options)
+        assert llama.catsparse.config.method == method
+        for mlp in sparse_modules(llama).values():
+            assert not mlp.catsparse_of_products
+            assert mlp.catsparse_preview.shape[0] == 48
+
+
+def test_exact_gate_keeps_its_method(llama: Any, calibration: Calibration) -> None:
+    assert state_of(sparsify(llama, calibration)).config.method == "energy"
+
+
+def test_method_product_that_cannot_be(llama: Any, calibration: Calibration, windows: Any) -> None:
+    with pytest.raises(CatsparseError, match="calibrate with preview=4") as caught:
+        sparsify(llama, calibration, method="product")
+    one_line(caught)
+    previewed = catsparse.calibrate(llama, windows, preview=4, products_at=0.4, progress=False)
+    with pytest.raises(CatsparseError, match="takes no down_sparsity; leave that out") as caught:
+        sparsify(llama, previewed, 0.4, "product", down_sparsity=0.6)
+    one_line(caught)
+    assert is_dense(llama)
+    sparsify(llama, previewed, 0.4)
+    config = llama.catsparse.config
+    densify(llama)
+    with pytest.raises(CatsparseError, match="enough only for method 'cats'"):
+        sparsify(llama, config)
+
+
+def test_explain_says_that_the_product_decides(llama: Any, windows: Any) -> None:
+    sparsify(llama, catsparse.calibrate(llama, windows, preview=4, progress=False))
+    for line in explain(llama).split("\n"):
+        assert "compensated, 4-bit product preview; decode by" in line
+        if "kernel" in line:
+            assert "kept rows of gate, up and down" in line
+    llama.train()
+    for line in explain(llama).split("\n"):
+        assert "product preview (not in use: in training mode; the exact product decides)" in line
+        if "kernel" in line:
+            assert line.endswith("reading kept rows of down")
+    for mlp in sparse_modules(llama).values():
+        mlp.set_backend(mlp.catsparse_backend, down_copy=False)
+    for line in explain(llama).split("\n"):
+        if "kernel" in line:
+            assert line.endswith("reading gate and up, all of down (no copy)")

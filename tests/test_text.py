@@ -165,3 +165,19 @@ def test_measured_bytes_with_preview_and_second_decision(llama: Any, windows: Te
     preview = 48 / (3 * 32 * 4)  # bytes a neuron, of fp32 weights of H = 32
     assert up.bytes_skipped == pytest.approx(2 / 3 * up.sparsity - preview)
     assert both.bytes_skipped > up.bytes_skipped + both.sparsity / 3 + 0.03
+
+
+def test_measured_bytes_of_method_product(llama: Any, windows: Tensor) -> None:
+    sparse = catsparse.sparsify(llama, catsparse.calibrate(llama, windows, preview=4), 0.6)
+    ids: Tensor = tiny.tokens(1, tiny.LONG)[0]
+    if cpu_library().handle is None:
+        pytest.skip("no C compiler")
+    set_backend(sparse, "c")
+    previews = 2 * 48 / (3 * 32 * 4)
+    found = measure(sparse, ids)
+    assert found.bytes_skipped == pytest.approx(found.sparsity - previews)
+    sparse.train()  # the exact product decides: gate and up are read in full
+    exact = measure(sparse, ids)
+    assert exact.bytes_skipped == pytest.approx(exact.sparsity / 3)
+    set_backend(sparse, "c", down_copy=False)
+    assert measure(sparse, ids).bytes_skipped == 0

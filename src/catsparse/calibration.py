@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from .config import (
     ACTIVATIONS,
     DEFAULT_METHOD,
-    METHODS,
+    GATE_METHODS,
+    PRODUCT,
     Provenance,
     build,
     check_choice,
     check_down_sparsity,
+    check_method,
     check_preview,
     check_sparsity,
     parse_json,
@@ -28,7 +31,7 @@ from .config import (
     write_atomic,
 )
 from .errors import CatsparseError
-from .methods import SiteThreshold, site_threshold
+from .methods import SiteThreshold, product_threshold, site_threshold
 from .products import ProductStatistics
 from .sites import Site
 from .statistics import BINS, BUCKETS, SiteStatistics
@@ -42,7 +45,7 @@ _FIELDS: _Fields = {
     "bucket_count": (torch.int32, lambda neurons: (BUCKETS, neurons)),
     "bucket_sum": (torch.float32, lambda neurons: (BUCKETS, neurons)),
 }
-_PRODUCT_FIELDS: _Fields = {  # as ``product_...``, but for the norm
+_PRODUCT_FIELDS: _Fields = {  # as ``product_...`` and ``foretold_...``, but for the norm
     "histogram": _FIELDS["histogram"],
     "bucket_count": _FIELDS["bucket_count"],
     "bucket_sum": _FIELDS["bucket_sum"],
@@ -66,7 +69,9 @@ class Calibration:
         sites: what was found in the model, by module name.
         statistics: what was counted there, on the CPU.
         provenance: data, tokens, sequence length, seed and dtype.
-        preview: bits of the gate preview whose activations were counted; None for the gate's own.
+        preview: bits of the preview whose activations were counted; None for the gate's own.
+        foretold: by site, the products that the preview foretells, for method ``product``; empty
+            without a preview.
         products_at: the decision of the gate that ``products`` were gathered behind, or None.
         products: by site, what a second decision needs; empty without ``products_at``.
     """
@@ -77,28 +82,47 @@ class Calibration:
     preview: int | None = None
     products_at: GateDecision | None = None
     products: dict[str, ProductStatistics] = field(default_factory=dict)
+    foretold: dict[str, ProductStatistics] = field(default_factory=dict)
+
+    def default_method(self, down_sparsity: float | None = None) -> str:
+        """``product`` if a preview was calibrated and no second decision is wanted, else
+        ``energy``."""
+        return PRODUCT if self.foretold and down_sparsity is None else DEFAULT_METHOD
 
     def thresholds(
         self,
         sparsity: float,
-        method: str = DEFAULT_METHOD,
+        method: str | None = None,
         compensate: bool = True,
         down_sparsity: float | None = None,
     ) -> dict[str, SiteThreshold]:
         """Thresholds and means for each site, without touching the model.
 
         Args:
-            sparsity: fraction of neurons that the gate drops.
-            method: ``cats``, ``chess`` or ``energy``.
+            sparsity: fraction of neurons that the (first) decision drops.
+            method: ``cats``, ``chess``, ``energy``, or ``product``, which needs a preview; None for
+                :meth:`default_method`.
             compensate: whether to give means.
             down_sparsity: fraction of W_down's rows not read, at least ``sparsity``: a second
                 decision, from products gathered at this very sparsity and method. None for none.
 
         Raises:
-            CatsparseError: a sparsity is out of range, the method unknown, or there are no such
-                products.
+            CatsparseError: a sparsity is out of range, the method unknown, or the calibration has
+                not what it or ``down_sparsity`` needs.
         """
         check_sparsity(sparsity)
+        method = self.default_method(down_sparsity) if method is None else method
+        check_method(method, self.preview, down_sparsity)
+        if method == PRODUCT:
+            if not self.foretold:
+                raise CatsparseError(
+                    "the calibration was made before there was method product; calibrate again "
+                    f"with preview={self.preview}"
+                )
+            return {
+                name: product_threshold(foretold, sparsity, compensate)
+                for name, foretold in self.foretold.items()
+            }
         if down_sparsity is None:
             return {
                 name: site_threshold(statistics, method, sparsity, compensate)
@@ -124,22 +148,27 @@ class Calibration:
         gathered behind must be the same. (Each run's products are behind its own thresholds.)"""
         if self.sites != other.sites:
             raise CatsparseError("calibrations of different models cannot be added")
-        if (self.preview, self.products_at) != (other.preview, other.products_at):
+        first, second = (
+            (c.preview, c.products_at, c.foretold.keys() == c.sites.keys()) for c in (self, other)
+        )
+        if first != second:
             raise CatsparseError(
                 "calibrations cannot be added unless preview, products_at and its method are the "
                 "same; calibrate one of them again"
             )
         merged = {name: s + other.statistics[name] for name, s in self.statistics.items()}
         products = {name: p + other.products[name] for name, p in self.products.items()}
-        first, second = self.provenance, other.provenance
-        data = first.data if first.data == second.data else f"{first.data} + {second.data}"
-        provenance = replace(first, data=data, tokens=first.tokens + second.tokens)
+        foretold = {name: p + other.foretold[name] for name, p in self.foretold.items()}
+        one, two = self.provenance, other.provenance
+        data = one.data if one.data == two.data else f"{one.data} + {two.data}"
+        provenance = replace(one, data=data, tokens=one.tokens + two.tokens)
         return replace(
             self,
             sites=dict(self.sites),
             statistics=merged,
             provenance=provenance,
             products=products,
+            foretold=foretold,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,18 +178,22 @@ class Calibration:
             for name, statistics in self.statistics.items()
             for field in _FIELDS
         }
-        return tensors | {
-            f"{name}.{_product_key(field)}": getattr(products, field)
-            for name, products in self.products.items()
-            for field in _PRODUCT_FIELDS
-        }
+        for kind, by_site in (("product", self.products), ("foretold", self.foretold)):
+            tensors |= {
+                f"{name}.{_product_key(kind, field)}": getattr(products, field)
+                for name, products in by_site.items()
+                for field in _PRODUCT_FIELDS
+            }
+        return tensors
 
     def metadata(self) -> dict[str, str]:
         """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON, and
-        preview and products_at where there are any."""
+        preview, foretold and products_at where there are any."""
         extra: dict[str, str] = {}
         if self.preview is not None:
             extra["catsparse.preview"] = json.dumps(self.preview)
+        if self.foretold:
+            extra["catsparse.foretold"] = json.dumps(True)
         if self.products_at is not None:
             extra["catsparse.products_at"] = json.dumps(asdict(self.products_at))
         return extra | {
@@ -194,16 +227,23 @@ class Calibration:
                 for site in sites:
                     check_choice(f"act of {shorten(site.name)}", site.act, ACTIVATIONS)
                 provenance = build(Provenance, part["provenance"], "provenance")
-                preview, products_at = _read_preview(metadata), _read_products_at(metadata)
+                preview, foretells = _read_preview(metadata), _read_foretold(metadata)
+                products_at = _read_products_at(metadata)
                 statistics = {
                     site.name: _read_statistics(file, site, part["tokens"][site.name])
                     for site in sites
                 }
-                products = {
-                    site.name: _read_products(file, site, part["tokens"][site.name])
-                    for site in sites
-                    if products_at is not None
-                }
+                products, foretold = (
+                    {
+                        site.name: _read_products(file, site, part["tokens"][site.name], kind)
+                        for site in sites
+                        if there
+                    }
+                    for kind, there in (
+                        ("product", products_at is not None),
+                        ("foretold", foretells),
+                    )
+                )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CatsparseError(
                 f"{path} is not a readable calibration ({shorten(error, 300)}); calibrate again"
@@ -211,11 +251,11 @@ class Calibration:
         if not sites:
             raise CatsparseError(f"{path} holds no site; calibrate again")
         found = {site.name: site for site in sites}
-        return cls(found, statistics, provenance, preview, products_at, products)
+        return cls(found, statistics, provenance, preview, products_at, products, foretold)
 
 
-def _product_key(field: str) -> str:
-    return field if field == "down_norm" else f"product_{field}"
+def _product_key(kind: str, field: str) -> str:
+    return field if field == "down_norm" else f"{kind}_{field}"
 
 
 def _read_preview(metadata: dict[str, str]) -> int | None:
@@ -224,13 +264,21 @@ def _read_preview(metadata: dict[str, str]) -> int | None:
     return preview  # type: ignore[return-value]
 
 
+def _read_foretold(metadata: dict[str, str]) -> bool:
+    """Whether there are products foretold; a file older than method ``product`` has none."""
+    value = parse_json(metadata.get("catsparse.foretold", "false"), "foretold")
+    if not isinstance(value, bool) or (value and "catsparse.preview" not in metadata):
+        raise CatsparseError("its header says nothing sensible of products foretold")
+    return value
+
+
 def _read_products_at(metadata: dict[str, str]) -> GateDecision | None:
     if "catsparse.products_at" not in metadata:
         return None
     raw = parse_json(metadata["catsparse.products_at"], "products_at")
     decision: GateDecision = build(GateDecision, raw, "products_at")
     check_sparsity(decision.sparsity)
-    check_choice("method", decision.method, METHODS)
+    check_choice("method", decision.method, GATE_METHODS)
     return decision
 
 
@@ -246,15 +294,16 @@ def _read_statistics(file: Any, site: Site, tokens: object) -> SiteStatistics:
     return SiteStatistics(tokens, **values)
 
 
-def _read_products(file: Any, site: Site, tokens: int) -> ProductStatistics:
-    name, values = shorten(site.name), _read_fields(file, site, _PRODUCT_FIELDS, _product_key)
+def _read_products(file: Any, site: Site, tokens: int, kind: str) -> ProductStatistics:
+    name = shorten(site.name)
+    values = _read_fields(file, site, _PRODUCT_FIELDS, partial(_product_key, kind))
     if not all(bool(value.isfinite().all()) for value in values.values()):
         raise CatsparseError(f"the products of {name} are damaged")
     counts = [value for field, value in values.items() if field != "bucket_sum"]
     seen = values["bucket_count"].sum(0)
     if (
         any(bool((count < 0).any()) for count in counts)
-        or bool((seen > tokens).any())
+        or bool((seen > tokens if kind == "product" else seen != tokens).any())
         or int(values["histogram"].sum()) != int(seen.sum())
     ):
         raise CatsparseError(f"the counts of products of {name} contradict each other")

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CatsparseError
+from .footprint import bytes_skipped
 
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
 FORMAT_VERSION = 2
-METHODS = ("cats", "chess", "energy")
-DEFAULT_METHOD = "energy"
+GATE_METHODS = ("cats", "chess", "energy")
+PRODUCT = "product"
+METHODS = (*GATE_METHODS, PRODUCT)
+DEFAULT_METHOD = "energy"  # of the gate's; with a preview it is PRODUCT
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)
@@ -55,8 +58,9 @@ class SiteConfig:
     """One gated MLP.
 
     ``threshold`` is on the method's score scale: |g| for ``cats``, |g| sqrt(E[u^2]) for ``chess``
-    (whose per-neuron thresholds are tensors); negative keeps every neuron. ``sparsity`` is the
-    fraction of neurons dropped on the calibration tokens. With a second decision,
+    (whose per-neuron thresholds are tensors), |g u| times the norm of the neuron's row of W_down
+    for ``product``; negative keeps every neuron. ``sparsity`` is the fraction of neurons dropped on
+    the calibration tokens. With a second decision,
     ``product_threshold`` is on the scale of |g u| times the norm of the neuron's row of W_down, and
     ``down_sparsity`` is the fraction of these rows not read, by either decision.
     """
@@ -77,8 +81,9 @@ class SparsityConfig:
     A config whose method is ``cats`` and which neither compensates nor decides a second time is
     complete by itself: ``sparsify(model, config)`` needs no calibration.
 
-    ``preview`` is the bits of the gate preview that decides, ``down_sparsity`` what was asked of
-    the second decision; None stands for neither.
+    ``preview`` is the bits of the preview that decides: of the gate, or with method ``product``,
+    which needs one and leaves nothing to a second decision, of gate and up. ``down_sparsity`` is
+    what was asked of the second decision. None stands for neither.
 
     Raises:
         CatsparseError: a field is out of its range.
@@ -99,18 +104,17 @@ class SparsityConfig:
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
         check_choice("prefill", self.prefill, PREFILL_POLICIES)
         check_sparsity(self.sparsity)
         check_preview(self.preview)
+        check_method(self.method, self.preview, self.down_sparsity)
         if self.down_sparsity is not None:
             check_down_sparsity(self.down_sparsity, self.sparsity)
         if not self.sites:
             raise CatsparseError("the config lists no site; name at least one gated MLP")
-        if self.measured_sparsity is not None:
-            _check_fraction("measured_sparsity", self.measured_sparsity)
-        if self.measured_down_sparsity is not None:
-            _check_fraction("measured_down_sparsity", self.measured_down_sparsity)
+        for what in ("measured_sparsity", "measured_down_sparsity"):
+            if (measured := getattr(self, what)) is not None:
+                _check_fraction(what, measured)
         for name, site in self.sites.items():
             shown = shorten(name)
             check_choice(f"act of {shown}", site.act, ACTIVATIONS)
@@ -144,11 +148,16 @@ class SparsityConfig:
             )
 
     @property
+    def decided_on(self) -> str:
+        """What is compared with the first threshold: ``gate`` or ``product``."""
+        return "product" if self.method == PRODUCT else "gate"
+
+    @property
     def described(self) -> str:
         """The method and what goes with it, in words."""
         words = [self.method]
         words += ["compensated"] if self.compensate else []
-        words += [] if self.preview is None else [f"{self.preview}-bit gate preview"]
+        words += [] if self.preview is None else [f"{self.preview}-bit {self.decided_on} preview"]
         if self.down_sparsity is not None:
             words.append(f"{self.down_sparsity:.0%} of the down rows unread")
         return ", ".join(words)
@@ -160,13 +169,13 @@ class SparsityConfig:
         A preview's bytes count as read, against weights of the calibration's dtype.
         """
         itemsize = 4 if self.calibration and self.calibration.dtype == "float32" else 2
-        size = {name: s.hidden_size * s.intermediate_size for name, s in self.sites.items()}
-        skipped = sum(
-            size[name]
-            * bytes_skipped(s.sparsity, s.down_sparsity, self.preview, s.hidden_size, itemsize)
-            for name, s in self.sites.items()
-        )
-        return skipped / sum(size.values())
+        of_products, skipped, total = self.method == PRODUCT, 0.0, 0
+        for s in self.sites.values():
+            sizes = (s.hidden_size, itemsize, of_products)
+            part = bytes_skipped(s.sparsity, s.down_sparsity, self.preview, *sizes)
+            skipped += part * s.hidden_size * s.intermediate_size
+            total += s.hidden_size * s.intermediate_size
+        return skipped / total
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -226,30 +235,27 @@ def check_down_sparsity(value: float, sparsity: float) -> None:
         )
 
 
+def check_method(method: str, preview: int | None, down_sparsity: float | None) -> None:
+    """Whether ``method`` is one, and goes with such a preview and second decision."""
+    check_choice("method", method, METHODS)
+    if method != PRODUCT:
+        return
+    if preview is None:
+        raise CatsparseError(
+            "method product decides by a preview; calibrate with preview=4 (--preview 4), or take "
+            f"one of {', '.join(GATE_METHODS)}"
+        )
+    if down_sparsity is not None:
+        raise CatsparseError(
+            "method product has decided on the product already, so it takes no down_sparsity; "
+            f"leave that out, or take one of {', '.join(GATE_METHODS)}"
+        )
+
+
 def check_preview(bits: int | None) -> None:
     if bits is not None and (type(bits) is not int or bits not in PREVIEW_BITS):
         choices = " or ".join(map(str, PREVIEW_BITS))
         raise CatsparseError(f"preview must be {choices} bits or None, not {shorten(bits)}")
-
-
-def preview_bytes(hidden: int, bits: int) -> int:
-    """Bytes of a neuron in a gate preview: codes in groups of 64, scales in pieces of 16 bytes."""
-    groups = -(-hidden // 64)
-    return groups * 8 * bits + 16 * -(-groups // 8)
-
-
-def bytes_skipped(
-    sparsity: float, down_sparsity: float | None, preview: int | None, hidden: int, itemsize: int
-) -> float:
-    """Fraction of one gated MLP's weight bytes that a decoded token does not read.
-
-    Without a preview, dropped neurons' rows of W_up and W_down; with one, their rows of W_gate,
-    too, less the preview's own bytes (so the fraction is negative if little is dropped).
-    """
-    down = sparsity if down_sparsity is None else down_sparsity
-    if preview is None:
-        return (sparsity + down) / 3
-    return (2 * sparsity + down - preview_bytes(hidden, preview) / (hidden * itemsize)) / 3
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

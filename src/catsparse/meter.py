@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import bytes_skipped
 from .errors import CatsparseError
+from .footprint import bytes_skipped
 from .modules import SparseMLP, sparse_modules
 
 
@@ -22,7 +22,7 @@ class SparsityMeter:
 
     @property
     def sites(self) -> dict[str, float]:
-        """Fraction of neurons dropped by the gate at each site that saw a token."""
+        """Fraction of neurons dropped by the first decision at each site that saw a token."""
         return {name: c.sparsity for name, c in self._counts.items() if c.total}
 
     @property
@@ -33,7 +33,7 @@ class SparsityMeter:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of neurons dropped by the gate over all sites and tokens."""
+        """Fraction of neurons dropped by the first decision over all sites and tokens."""
         counts = self._seen()
         return 1 - sum(float(c.kept) for c in counts) / sum(c.total for c in counts)
 
@@ -48,7 +48,8 @@ class SparsityMeter:
     def bytes_skipped(self) -> float:
         """Fraction of the MLPs' weight bytes that one-token decode need not read.
 
-        2s/3 a site; with a second decision or a preview see :func:`catsparse.config.bytes_skipped`.
+        2s/3 a site; with a second decision or a preview see
+        :func:`catsparse.footprint.bytes_skipped`.
         """
         counts = self._seen()
         return sum(c.bytes_skipped() * c.weights for c in counts) / sum(c.weights for c in counts)
@@ -92,10 +93,12 @@ class _Count:
     def bytes_skipped(self, down: bool = True) -> float:
         module, hidden = self.module, getattr(self.module, self.module.site_gate).in_features
         down_sparsity = self.down_sparsity if down else 0.0
+        of_products = module.catsparse_of_products
         if module.why_not_preview() is not None:  # also where the weight cannot be read
-            return bytes_skipped(self.sparsity, down_sparsity, None, hidden, 1)
-        bits, itemsize = module.catsparse_preview_bits, module.raw_gate().dtype.itemsize
-        return bytes_skipped(self.sparsity, down_sparsity, bits, hidden, itemsize)
+            sparsity = 0.0 if of_products else self.sparsity  # the exact product needs all of up
+            return bytes_skipped(sparsity, down_sparsity, None, hidden, 1)
+        bits, itemsize = module.catsparse_preview_bits, module.raw_gate_up()[0].dtype.itemsize
+        return bytes_skipped(self.sparsity, down_sparsity, bits, hidden, itemsize, of_products)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 A new method is one more function in :data:`METHODS`: it returns for each neuron the highest bf16
 magnitude bin that is dropped. Everything else (thresholds, means, measured sparsity) follows.
+These decide on the gate; method ``product`` decides on what a preview foretells of the product, and
+has statistics of its own: :func:`product_threshold`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import check_choice
-from .products import ProductStatistics, second_decision
+from .products import ProductStatistics, decide, second_decision
 from .statistics import DroppedMass, SiteStatistics, bins_below, threshold_above
 
 
@@ -22,10 +24,11 @@ class SiteThreshold:
     """What one site needs to run sparse.
 
     Attributes:
-        threshold: fp32, 0-d or ``[I]``; a neuron is kept iff |g| > threshold.
+        threshold: fp32, 0-d or ``[I]``; a neuron is kept iff |g| > threshold, with method
+            ``product`` iff |g u|, as its preview foretells it, is.
         mean: fp32 ``[I]``, E[g u | dropped] of each neuron, or None without compensation.
         scalar: the one number behind the threshold, on the method's score scale.
-        sparsity: fraction of neurons dropped by the gate on the calibration tokens.
+        sparsity: fraction of neurons dropped by this decision on the calibration tokens.
         product: fp32, 0-d or ``[I]``, if there is a second decision: a neuron is kept iff also
             |g u| > product; ``mean`` is then over the tokens on which it is dropped by either.
         product_scalar: the one number behind it: P, product = P / norm of the row of W_down.
@@ -74,11 +77,27 @@ def site_threshold(
         threshold,
         _mean(count + second.count, total + second.total) if compensate else None,
         cut.scalar,
-        1 - second.kept / pairs,
+        1 - second.seen / pairs,
         second.threshold,
         second.scalar,
-        1 - (second.kept - second.dropped) / pairs,
+        1 - (second.seen - second.dropped) / pairs,
     )
+
+
+def product_threshold(
+    foretold: ProductStatistics, sparsity: float, compensate: bool
+) -> SiteThreshold:
+    """Thresholds (and means, if ``compensate``) of method ``product``: t_i = P / norm_i, P the
+    s-quantile of the scores |g_i u_i| norm_i, with norm_i that of neuron i's row of W_down.
+
+    Args:
+        foretold: of all the site's tokens and neurons, scored by what the preview foretells.
+        sparsity: fraction of neurons to drop.
+        compensate: whether to give means.
+    """
+    cut = decide(foretold, sparsity)
+    mean = _mean(cut.count, cut.total) if compensate else None
+    return SiteThreshold(cut.threshold, mean, cut.scalar, cut.dropped / cut.seen)
 
 
 def _mean(count: Tensor, total: Tensor) -> Tensor:

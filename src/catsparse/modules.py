@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import (
@@ -21,13 +20,11 @@ from .kernels import (
     MAX_OP_TOKENS,
     Backend,
     Choice,
-    choose_backend,
-    dequantize,
     gated_mlp,
     gated_mlp_reference,
     keep_mask,
-    make_preview,
     masked_hidden,
+    preview_of,
 )
 from .sites import Site
 from .weights import Children, Key, device_of, may_copy
@@ -48,7 +45,7 @@ _BUFFERS = (
 
 class KeepCounter(Protocol):
     """What a sparsity meter hangs on a module: called with the masks ``[..., I]`` of the neurons
-    that the gate keeps and of those kept in all (without a second decision the same)."""
+    that the first decision keeps and of those kept in all (without a second one the same)."""
 
     def __call__(self, keep: Tensor, kept: Tensor) -> None: ...
 
@@ -66,9 +63,10 @@ class SparseMLP(Children):
     costs a third of the layer's memory; without it (``catsparse_down_copy`` False) the kernel reads
     all of w_down. Torch's own matmuls never see the transposed layout.
 
-    With ``catsparse_preview_bits`` a preview of w_gate decides. It is made from w_gate when it is
-    needed first and again when that changed. In training (gradients enabled, or the module in
-    training mode), and where the weights cannot be read, the gate itself decides.
+    With ``catsparse_preview_bits`` a preview of w_gate decides or, with ``catsparse_of_products``,
+    one of w_gate and w_up: on the product. It is made from the weights when it is needed first and
+    again when they changed. In training (gradients enabled, or the module in training mode), and
+    where the weights cannot be read, the gate or the product itself decides, at the same threshold.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -80,6 +78,7 @@ class SparseMLP(Children):
     catsparse_preview: Tensor | None
     catsparse_preview_scale: Tensor | None
     catsparse_preview_bits: int | None
+    catsparse_of_products: bool
     catsparse_prefill: str
     catsparse_enabled: bool
     catsparse_counter: KeepCounter | None
@@ -105,6 +104,7 @@ class SparseMLP(Children):
     def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
+        threshold, product = self.catsparse_threshold, self.catsparse_product_threshold
         preview, scale = self._preview_in_use()
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
@@ -114,17 +114,20 @@ class SparseMLP(Children):
             ):
                 w_down_t = self.down_transposed()
             if choice is not None and x.numel() > choice.kernel_tokens * x.shape[-1]:
-                preview = scale = None  # dense matmuls read all of w_gate anyway: let it decide
+                preview = scale = None  # dense matmuls read all anyway: let that decide
+        if preview is None and self.catsparse_of_products:
+            # On the exact product decides a second decision, behind a gate that keeps all.
+            threshold, product = threshold.new_full((), -1.0), threshold
         return op(
             x,
             w_gate,
             w_up,
             w_down_t,
-            self.catsparse_threshold,
+            threshold,
             self.site_act,
             self.catsparse_mean,
             self.catsparse_bias,
-            self.catsparse_product_threshold,
+            product,
             preview,
             scale,
         )
@@ -163,9 +166,9 @@ class SparseMLP(Children):
         child = self.site_act_child
         act = getattr(self, child) if child else ACTIVATIONS[self.site_act]
         g = act(gate)
-        decides = None if self.catsparse_preview_bits is None else self._preview_gate(x)
-        if decides is not None:
-            decides = act(decides)
+        decides = self._foretold(x, act)
+        if decides is None and self.catsparse_of_products:
+            decides = (g * up).detach()
         threshold, product = self.catsparse_threshold, self.catsparse_product_threshold
         if self.catsparse_counter is not None:
             asked, h = g if decides is None else decides, g * up
@@ -175,15 +178,16 @@ class SparseMLP(Children):
         h = masked_hidden(g, up, threshold, self.catsparse_mean, product, decides)
         return getattr(self, self.site_down)(h)  # type: ignore[no-any-return]
 
-    def _preview_gate(self, x: Tensor) -> Tensor | None:
-        """preview x ``[..., I]``, or None if w_gate itself decides."""
-        if torch.is_grad_enabled() or self.why_not_raw() is not None:
+    def _foretold(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the preview foretells, ``[..., I]``; None if the exact weights decide."""
+        if torch.is_grad_enabled() or self.why_not_preview() is not None:
             return None
         self._is_ready()
         preview, scale = self._preview_in_use()
         if preview is None or scale is None:
             return None
-        return F.linear(x, dequantize(preview, scale, x.shape[-1], x.dtype))
+        neurons = preview.shape[0] // 2 if self.catsparse_of_products else preview.shape[0]
+        return preview_of(x, preview, scale, neurons, act)
 
     def _preview_in_use(self) -> tuple[Tensor | None, Tensor | None]:
         if self.training:
@@ -191,7 +195,7 @@ class SparseMLP(Children):
         return self.catsparse_preview, self.catsparse_preview_scale
 
     def why_not_preview(self) -> str | None:
-        """Why w_gate itself decides in inference; None if its preview does."""
+        """Why the exact weights decide in inference; None if a preview does."""
         if self.catsparse_preview_bits is None:
             return "there is no preview"
         return "in training mode" if self.training else self.why_not_raw()
@@ -206,7 +210,7 @@ class SparseMLP(Children):
         return self.catsparse_mean is None or self.catsparse_bias is not None
 
     def _key(self) -> Key:
-        return self.weights_key(gate=self.catsparse_preview_bits is not None)
+        return self.weights_key(self.catsparse_preview_bits is not None, self.catsparse_of_products)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -214,33 +218,19 @@ class SparseMLP(Children):
         if self.why_not_raw() is not None:
             self._forget()
             return
-        weight: Tensor = getattr(self, self.site_down).weight
         key, old = self._key(), self._catsparse_key
         choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
         bias = None
         if self.catsparse_mean is not None:
-            mean = self.catsparse_mean.to(weight.device)
-            # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
-            bias = torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+            bias = self.make_bias(self.catsparse_mean)
         preview, scale = self.catsparse_preview, self.catsparse_preview_scale
-        if self.catsparse_preview_bits is not None and (old is None or old[1] != key[1]):
-            preview, scale = make_preview(self.raw_gate(), self.catsparse_preview_bits)
+        bits = self.catsparse_preview_bits
+        if bits is not None and (old is None or old[1:] != key[1:]):
+            preview, scale = self.make_preview(bits, self.catsparse_of_products)
         # The key last, and nothing None in between: other threads may be decoding.
         self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
         self.catsparse_preview, self.catsparse_preview_scale = preview, scale
         self._catsparse_key = key
-
-    def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
-        """What this layer would run if ``asked`` to; its weights must be readable."""
-        weight: Tensor = getattr(self, self.site_down).weight
-        columns, neurons = weight.shape
-        hidden: int = getattr(self, self.site_gate).weight.shape[1]
-        sizes = hidden, neurons, columns
-        choice = choose_backend(asked, weight.device, weight.dtype, sizes)
-        if choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
-            reason = f"the {choice.backend.value} kernel needs the copy of the down projection"
-            return Choice(Backend.TORCH, 0, reason)
-        return choice
 
     def set_backend(self, backend: Backend, down_copy: bool) -> None:
         """Choose how few-token calls run; see :func:`catsparse.set_backend`."""
@@ -271,7 +261,7 @@ class SparseMLP(Children):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in (self.site_down, self.site_gate):
+        if name in (self.site_down, self.site_gate, self.site_up):
             # A LoRA merge writes through .data, unseen by the version counter, but always swaps
             # the child out and in.
             self._forget()
@@ -313,6 +303,7 @@ def add_sparsity(
     prefill: str,
     product_threshold: Tensor | None = None,
     preview: int | None = None,
+    of_products: bool = False,
 ) -> SparseMLP:
     """Make the dense MLP at ``site`` sparse in place, by changing its class.
 
@@ -324,6 +315,7 @@ def add_sparsity(
         prefill: ``masked`` or ``dense``.
         product_threshold: fp32, 0-d or ``[I]``, of the second decision; None for none.
         preview: bits of the copy of w_gate that decides, 4 or 8; None for w_gate itself.
+        of_products: whether ``threshold`` is on products, and the preview of w_gate and w_up.
     """
     device = device_of(module)
     cls = sparse_class(type(module), (site.gate, site.up, site.act, site.act_child, site.down))
@@ -334,7 +326,7 @@ def add_sparsity(
     module.catsparse_threshold = threshold.to(device)
     module.catsparse_mean = _moved(mean, device)
     module.catsparse_product_threshold = _moved(product_threshold, device)
-    module.catsparse_preview_bits = preview
+    module.catsparse_preview_bits, module.catsparse_of_products = preview, of_products
     module.catsparse_prefill = prefill
     module.catsparse_enabled = True
     module.catsparse_counter = None

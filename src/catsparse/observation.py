@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .calibration import Calibration, GateDecision
 from .config import (
     DEFAULT_METHOD,
-    METHODS,
+    GATE_METHODS,
     Provenance,
     check_choice,
     check_preview,
@@ -33,7 +34,7 @@ from .config import (
 )
 from .data import pack_texts
 from .errors import CatsparseError
-from .kernels import ACTIVATIONS
+from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
 from .sites import NearMiss, Site, describe, find_sites
 from .statistics import SiteStatistics
@@ -75,19 +76,20 @@ def calibrate(
         checkpoint: file that keeps partial statistics; an interrupted run with the same data
             goes on from there, and the file is removed at the end.
         progress: show a progress bar on stderr.
-        preview: bits of a copy of each W_gate, 4 or 8, whose activations are counted instead of
-            the gate's: it is then to decide which neurons live.
+        preview: bits of a copy of each W_gate and W_up, 4 or 8, which is then to decide which
+            neurons live: the product that both copies foretell (method ``product`` of
+            :func:`catsparse.sparsify`), or the gate's copy alone (the other methods).
         products_at: a sparsity. A second pass over the same data gathers, of the neurons that the
             gate keeps at this sparsity, what a second decision needs (``down_sparsity`` in
             :func:`catsparse.sparsify`).
-        method: by which the gate decides in that pass.
+        method: by which the gate decides in that pass: ``cats``, ``chess`` or ``energy``.
 
     Raises:
         CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
             be read for a preview or products, or data that cannot be read twice for products.
     """
     check_preview(preview)
-    check_choice("method", method, METHODS)
+    check_choice("method", method, GATE_METHODS)
     if products_at is not None:
         check_sparsity(products_at)
         if isinstance(data, Iterator):
@@ -159,6 +161,7 @@ class _Run:
             s.name: SiteStatistics.empty(s.intermediate_size, _site_device(model, s)) for s in sites
         }
         self.preview = preview
+        self.foretold = {s.name: self._no_products(s, "preview") for s in sites if preview}
         # Of the second pass, once it has begun.
         self.products_at: GateDecision | None = None
         self.products: dict[str, ProductStatistics] = {}
@@ -195,10 +198,13 @@ class _Run:
         if self.checkpoint and time.monotonic() - self._saved_at > _SAVE_SECONDS:
             self.save()
 
-    def count(self, site: Site, gate: Tensor, up: Tensor, hidden: Tensor) -> None:
+    def count(
+        self, site: Site, gate: Tensor, up: Tensor, hidden: Tensor, foretold_up: Tensor | None
+    ) -> None:
         neurons = site.intermediate_size
         g = ACTIVATIONS[site.act](gate).reshape(-1, neurons)
         u, h = up.reshape(-1, neurons), hidden.reshape(-1, neurons)
+        foretold = None if foretold_up is None else g * foretold_up.reshape(-1, neurons)
         if self.rows is not None:
             if len(g) != self.batch_tokens:
                 raise CatsparseError(
@@ -207,10 +213,18 @@ class _Run:
                 )
             rows = self.rows.to(g.device)
             g, u, h = g[rows], u[rows], h[rows]
+            foretold = None if foretold is None else foretold[rows]
         if self.products_at is None:
             self.statistics[site.name].update(g, u, h)
+            if foretold is not None:
+                self.foretold[site.name].update(foretold, h)
         else:
-            self.products[site.name].update(g, h, self.thresholds[site.name])
+            keep = keep_mask(g, h, self.thresholds[site.name])
+            self.products[site.name].update(h, h, keep)
+
+    def _no_products(self, site: Site, option: str) -> ProductStatistics:
+        norm = down_norm(self.model, site, option)
+        return ProductStatistics.empty(norm.to(self.statistics[site.name].histogram.device))
 
     def begin_products(self, decision: GateDecision) -> None:
         """The second pass starts: all batches come once more."""
@@ -223,18 +237,20 @@ class _Run:
         self.first_pass, self.products_at = self.seen, decision
         self.hash.update(repr(decision).encode())
         for name, t in result.thresholds(decision.sparsity, decision.method, False).items():
-            device = self.statistics[name].histogram.device
-            norm = down_norm(self.model, self.sites[name]).to(device)
-            self.products[name] = ProductStatistics.empty(norm)
-            self.thresholds[name] = t.threshold.to(device)
+            self.products[name] = self._no_products(self.sites[name], "products_at")
+            self.thresholds[name] = t.threshold.to(self.products[name].histogram.device)
 
     def result(self) -> Calibration:
         """What was counted so far; a site that saw no token (a vision tower's, say) is left out."""
         counted = {name: s.to("cpu") for name, s in self.statistics.items() if s.tokens}
         sites = {name: self.sites[name] for name in counted}
         provenance = replace(self.provenance, tokens=self.first_pass or self.seen)
-        products = {name: p.to("cpu") for name, p in self.products.items()}
-        return Calibration(sites, counted, provenance, self.preview, self.products_at, products)
+        products, foretold = (
+            {name: part[name].to("cpu") for name in counted if part}
+            for part in (self.products, self.foretold)
+        )
+        decision = self.products_at
+        return Calibration(sites, counted, provenance, self.preview, decision, products, foretold)
 
     def finish(self) -> Calibration:
         if self._skipping:
@@ -253,7 +269,8 @@ class _Run:
         result = self.result()
         if not result.provenance.tokens:
             raise CatsparseError("there is no calibration token; give more text")
-        for name, statistics in (*result.statistics.items(), *result.products.items()):
+        parts = (result.statistics, result.products, result.foretold)
+        for name, statistics in itertools.chain(*(part.items() for part in parts)):
             if not statistics.is_finite:
                 raise CatsparseError(
                     f"the activations of {name} are not finite; load the model in bf16 or fp32"
@@ -302,6 +319,8 @@ class _Run:
         for name, statistics in saved.statistics.items():
             device = self.statistics[name].histogram.device
             self.statistics[name] = statistics.to(device)
+            if self.foretold:
+                self.foretold[name] = saved.foretold[name].to(device)
             if self.products_at is not None:
                 self.products[name] = saved.products[name].to(device)
 
@@ -348,7 +367,8 @@ def _as_batches(
 
 def _model_hash(model: nn.Module, sites: list[Site], dtype: str, preview: int | None) -> Any:
     """Tells runs apart: sites, dtype, a little of each site's weights, and the preview's bits."""
-    digest = hashlib.sha256(repr((sites, dtype, preview)).encode())
+    kept = () if preview is None else ("foretold",)  # older checkpoints are without
+    digest = hashlib.sha256(repr((sites, dtype, preview, *kept)).encode())
     for site in sites:
         weight: Any = getattr(
             model.get_submodule(site.name).get_submodule(site.gate), "weight", None

@@ -1,9 +1,13 @@
-"""What the second decision needs: h = g u of the neurons that the gate keeps, and its thresholds.
+"""What decisions on products need: scores of h = g u, and thresholds from them.
 
 A neuron's score is |h| times the norm of its row of W_down: how much is lost if that row is not
 read. Scores are counted as |g| is (:mod:`catsparse.statistics`): a histogram over the layer, one
 bin for each bf16 magnitude, and for each neuron count and sum of h by bucket of its score. So a
 threshold P for any share of rows follows without the model; neuron i's own is P / norm_i on |h|.
+
+Two decisions are made so. The second decision is on the product itself, of the neurons that the
+gate keeps. Method ``product`` decides but once, on all neurons, on the product that a preview
+foretells: the score is that one's, the sums are of the exact h, which is what is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .kernels import keep_mask
 from .statistics import (
     BINS,
     BUCKETS,
@@ -33,11 +36,11 @@ OCTAVES = Layout(127 - 22, 7)
 
 @dataclass
 class ProductStatistics(Magnitudes):
-    """Statistics of h = g u at one site with I neurons, behind one decision of the gate.
+    """Statistics of products at one site with I neurons: of all tokens, or where the gate keeps.
 
     Attributes:
-        histogram: ``[BINS]`` int64, scores over kept tokens and neurons.
-        bucket_count: ``[BUCKETS, I]`` int32, tokens that keep the neuron, by bucket of its score.
+        histogram: ``[BINS]`` int64, scores over counted tokens and neurons.
+        bucket_count: ``[BUCKETS, I]`` int32, counted tokens of the neuron, by bucket of its score.
         bucket_sum: ``[BUCKETS, I]`` fp32, sum of h over them.
         down_norm: ``[I]`` fp32, norm of each neuron's row of W_down.
     """
@@ -65,55 +68,46 @@ class ProductStatistics(Magnitudes):
         return replace(super().__add__(other), down_norm=self.down_norm)
 
     @torch.no_grad()
-    def update(self, g: Tensor, h: Tensor, threshold: Tensor) -> None:
-        """Count products where the gate keeps the neuron.
+    def update(self, decided: Tensor, h: Tensor, keep: Tensor | None = None) -> None:
+        """Count tokens, all tensors on the statistics' device.
 
         Args:
-            g: ``[T, I]`` the activated gate that decides, on the statistics' device.
-            h: ``[T, I]`` the products.
-            threshold: fp32, 0-d or ``[I]``.
+            decided: ``[T, I]`` the products to be decided on, whose scores count: h itself, or what
+                a preview foretells of it.
+            h: ``[T, I]`` the exact products.
+            keep: ``[T, I]`` bool, which of them count; None for all.
         """
         for piece in pieces(h):
-            keep = keep_mask(g[piece], h[piece], threshold)
-            score = h[piece].float().abs() * self.down_norm
-            self._count(magnitude_bins(score), h[piece], keep)
+            score = decided[piece].float().abs() * self.down_norm
+            counted = None if keep is None else keep[piece]
+            self._count(magnitude_bins(score), h[piece], counted)
 
 
 @dataclass(frozen=True)
-class SecondDecision:
-    """Thresholds of the second decision, and what it drops of what the gate kept.
+class ProductDecision:
+    """Thresholds on products, and what they drop of what was counted.
 
     Attributes:
-        threshold: fp32 ``[I]``: a row of W_down is read iff |h_i| > threshold_i.
-        scalar: P, the one number behind it; -1 to read every row.
-        count: ``[I]`` fp64, tokens on which the neuron is kept by the gate and dropped then.
+        threshold: fp32 ``[I]``: neuron i is kept iff its product's magnitude is above threshold_i.
+        scalar: P, the one number behind it; -1 to keep all.
+        count: ``[I]`` fp64, counted tokens on which the neuron is dropped.
         total: ``[I]`` fp64, sum of h over them.
-        kept: (token, neuron) pairs that the gate keeps.
-        dropped: how many of them are dropped then.
+        seen: (token, neuron) pairs that were counted.
+        dropped: how many of them are dropped.
     """
 
     threshold: Tensor
     scalar: float
     count: Tensor
     total: Tensor
-    kept: int
+    seen: int
     dropped: int
 
 
-def second_decision(
-    products: ProductStatistics, pairs: int, down_sparsity: float
-) -> SecondDecision:
-    """The scores to cut so that, with the gate's, ``down_sparsity`` of ``pairs`` are dropped.
-
-    Args:
-        products: of one site.
-        pairs: tokens times neurons that the gate decided on.
-        down_sparsity: share of W_down's rows not to be read. If the gate drops more by itself,
-            every row it keeps is read.
-    """
-    norm, kept = products.down_norm.double(), int(products.histogram.sum())
-    wanted = down_sparsity * pairs - (pairs - kept)
-    cut = products.quantile_bin(wanted / kept) if kept and wanted > 0 else -1
+def decide(products: ProductStatistics, share: float) -> ProductDecision:
+    """The scores to cut so that ``share`` of the counted (token, neuron) pairs are dropped."""
+    norm, seen = products.down_norm.double(), int(products.histogram.sum())
+    cut = products.quantile_bin(share) if seen else -1
     count, total = DroppedMass(products).at(torch.full(norm.shape, cut))
     limit = threshold_above(torch.tensor(cut))
     if cut < 0:
@@ -121,4 +115,20 @@ def second_decision(
     else:  # a row of zeros (norm 0) is never read: the largest finite bin
         bins = bins_below((limit.double() / norm).clamp(max=3e38).float())
     dropped = int(products.histogram[: cut + 1].sum())
-    return SecondDecision(threshold_above(bins), float(limit), count, total, kept, dropped)
+    return ProductDecision(threshold_above(bins), float(limit), count, total, seen, dropped)
+
+
+def second_decision(
+    products: ProductStatistics, pairs: int, down_sparsity: float
+) -> ProductDecision:
+    """The scores to cut so that, with the gate's, ``down_sparsity`` of ``pairs`` are dropped.
+
+    Args:
+        products: of one site, where the gate keeps.
+        pairs: tokens times neurons that the gate decided on.
+        down_sparsity: share of W_down's rows not to be read. If the gate drops more by itself,
+            every row it keeps is read.
+    """
+    kept = int(products.histogram.sum())
+    wanted = down_sparsity * pairs - (pairs - kept)
+    return decide(products, wanted / kept if kept and wanted > 0 else 0.0)

@@ -13,8 +13,8 @@ from torch import nn
 from ._version import __version__
 from .calibration import Calibration
 from .config import (
-    DEFAULT_METHOD,
     PREFILL_POLICIES,
+    PRODUCT,
     BaseModel,
     SiteConfig,
     SparsityConfig,
@@ -33,7 +33,7 @@ def sparsify(
     model: Any,
     calibration_or_config: Calibration | SparsityConfig,
     sparsity: float = 0.5,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     compensate: bool = True,
     prefill: str = "masked",
     down_sparsity: float | None = None,
@@ -52,20 +52,24 @@ def sparsify(
             ``cats`` without compensation and second decision, whose scalar thresholds are used as
             they are (the other arguments are then the config's own).
         sparsity: fraction of neurons to drop, 0 <= sparsity < 1; 0 keeps the dense result.
-        method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron); see
-            :mod:`catsparse.methods`.
+        method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron), which
+            decide on the gate, or ``product`` (one a neuron), which decides on the product that a
+            preview foretells and needs a calibration with one; see :mod:`catsparse.methods`. None
+            for ``product`` if the calibration has a preview and there is no ``down_sparsity``,
+            else ``energy``.
         compensate: replace a dropped neuron by its mean over the tokens it is dropped on.
         prefill: ``masked`` (every token is thresholded) or ``dense`` (calls of more than 16
             tokens run dense, so only decode is sparse).
         down_sparsity: fraction of W_down's rows not to be read, at least ``sparsity``: a second
             decision, once a kept neuron's product is known. The calibration must have been made
-            with ``products_at`` this sparsity and this method. None for no second decision.
-        preview: bits of the copy of W_gate that decides which neurons live; None for what was
-            calibrated.
+            with ``products_at`` this sparsity and this method, which is not ``product``. None for
+            no second decision.
+        preview: bits of the copy of W_gate, or of W_gate and W_up, that decides which neurons live;
+            None for what was calibrated.
 
     Raises:
         CatsparseError: the model's gated MLPs are not those that were calibrated, or the
-            calibration has not what ``down_sparsity`` or ``preview`` needs.
+            calibration has not what ``method``, ``down_sparsity`` or ``preview`` needs.
     """
     if isinstance(calibration_or_config, SparsityConfig):
         config = calibration_or_config
@@ -78,6 +82,7 @@ def sparsify(
             f"the calibration was made with preview={calibration.preview}; calibrate again with "
             f"preview={preview}"
         )
+    method = calibration.default_method(down_sparsity) if method is None else method
     thresholds = calibration.thresholds(sparsity, method, compensate, down_sparsity)
     sites = {
         name: SiteConfig(
@@ -213,7 +218,10 @@ def apply_thresholds(
     for name in config.sites:
         t = thresholds[name]
         module, site = model.get_submodule(name), found[name]
-        add_sparsity(module, site, t.threshold, t.mean, config.prefill, t.product, config.preview)
+        add_sparsity(
+            *(module, site, t.threshold, t.mean, config.prefill, t.product, config.preview),
+            of_products=config.method == PRODUCT,
+        )
     model.catsparse = SparseState(config, thresholds, calibration)
     return model
 
@@ -242,8 +250,9 @@ def explain(model: nn.Module) -> str:
             kind += ", compensated"
         if (bits := module.catsparse_preview_bits) is not None:
             reason = module.why_not_preview()
-            kind += f", {bits}-bit gate preview"
-            kind += "" if reason is None else f" (not in use: {reason}; the exact gate decides)"
+            on = "product" if module.catsparse_of_products else "gate"
+            kind += f", {bits}-bit {on} preview"
+            kind += "" if reason is None else f" (not in use: {reason}; the exact {on} decides)"
         if module.catsparse_product_threshold is not None:
             kind += ", second decision"
         lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
@@ -259,7 +268,7 @@ def explain(model: nn.Module) -> str:
 @dataclass(frozen=True)
 class DecodePath:
     """How a sparse MLP decodes, in words; whether dropped neurons' rows of up (and of gate, if a
-    preview decides) and of down are then left unread."""
+    preview decides) and of down are then left unread. (The exact product needs all of up.)"""
 
     words: str
     skips_up: bool
@@ -294,14 +303,13 @@ def _path(module: SparseMLP) -> DecodePath:
     choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
     if not choice.kernel_tokens:
         return DecodePath(_words(choice), False, False)
-    rows = "up" if module.why_not_preview() is not None else "gate, up"
-    skips_down = module.catsparse_down_copy
-    read = (
-        f"{rows} and down"
-        if skips_down
-        else f"{rows.replace(', ', ' and ')}, all of down (no copy)"
-    )
-    return DecodePath(f"{_words(choice)}, reading kept rows of {read}", True, skips_down)
+    rows, skips_down = ["gate", "up"], module.catsparse_down_copy
+    if module.why_not_preview() is not None:  # the exact gate is read; for the exact product up too
+        rows = [] if module.catsparse_of_products else ["up"]
+    kept = " and ".join(", ".join([*rows, *["down"] * skips_down]).rsplit(", ", 1))
+    words = f"{_words(choice)}, reading " + (f"kept rows of {kept}" if kept else "gate and up")
+    words += "" if skips_down else ", all of down (no copy)"
+    return DecodePath(words, bool(rows), skips_down)
 
 
 def base_model_of(model: Any) -> BaseModel | None:

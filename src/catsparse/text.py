@@ -187,7 +187,7 @@ def measure(model: Any, ids: Tensor) -> Dropped:
     skipped = sum(
         meter.site_bytes_skipped(name, paths[name].skips_down) * size
         for name, size in sizes.items()
-        if paths[name].skips_up
+        if paths[name].skips_up or paths[name].skips_down
     )
     shares = sites.values()
     return Dropped(meter.sparsity, min(shares), max(shares), skipped / sum(sizes.values()))

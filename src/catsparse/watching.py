@@ -18,35 +18,41 @@ from .kernels import dequantize, make_preview
 from .sites import Site
 from .weights import why_no_matrix, why_not_readable
 
-# Called with a site, its gate's and up's outputs, and its down projection's input.
-Count = Callable[[Site, Tensor, Tensor, Tensor], None]
+# Called with a site, its gate's output (the preview's, where there is one), its up's, its down
+# projection's input, and what the preview foretells of up's output.
+Count = Callable[[Site, Tensor, Tensor, Tensor, "Tensor | None"], None]
 Previews = dict[str, tuple[Tensor, Tensor]]
 
 
 def make_previews(model: nn.Module, sites: Sequence[Site], bits: int | None) -> Previews:
-    """Each site's gate preview and its scales, packed; nothing if ``bits`` is None.
+    """Each site's preview of products and its scales, packed; nothing if ``bits`` is None.
 
     Raises:
-        CatsparseError: a gate's weight cannot be read as it is.
+        CatsparseError: a gate's or up's weight cannot be read as it is.
     """
     previews: Previews = {}
     if bits is None:
         return previews
     for site in sites:
-        gate: Any = model.get_submodule(site.name).get_submodule(site.gate)
-        reason = why_not_readable(site.gate, gate)
-        if reason is not None:
-            raise CatsparseError(
-                f"{site.name} can have no preview ({reason}); calibrate without preview"
-            )
-        weight = gate.weight if site.up is not None else gate.weight[: site.intermediate_size]
-        previews[site.name] = make_preview(weight, bits)
+        module = model.get_submodule(site.name)
+        weights: list[Tensor] = []
+        for name in (site.gate, site.up):
+            if name is None:
+                continue
+            child: Any = module.get_submodule(name)
+            reason = why_not_readable(name, child)
+            if reason is not None:
+                raise CatsparseError(
+                    f"{site.name} can have no preview ({reason}); calibrate without preview"
+                )
+            weights += child.weight.split(site.intermediate_size)
+        previews[site.name] = make_preview(weights[0], bits, weights[1])
     return previews
 
 
 @torch.no_grad()
-def down_norm(model: nn.Module, site: Site) -> Tensor:
-    """``[I]`` fp32: the norm of each neuron's row of W_down.
+def down_norm(model: nn.Module, site: Site, option: str) -> Tensor:
+    """``[I]`` fp32: the norm of each neuron's row of W_down, which ``option`` needs.
 
     Raises:
         CatsparseError: the weight cannot be read.
@@ -55,7 +61,7 @@ def down_norm(model: nn.Module, site: Site) -> Tensor:
     reason = why_no_matrix(site.down, down)
     if reason is not None:
         raise CatsparseError(
-            f"{site.name} can have no second decision ({reason}); calibrate without products_at"
+            f"the products of {site.name} cannot be scored ({reason}); calibrate without {option}"
         )
     # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
     squares = [rows.float().square().sum(0) for rows in down.weight.split(1024)]
@@ -68,7 +74,7 @@ def watch(
 ) -> Iterator[None]:
     """Call ``count`` for each site's tokens while the model runs.
 
-    The gate's output it is given is the preview's, where there is one.
+    What a preview foretells of gate and up is computed beside.
     """
     handles: list[Any] = []
     try:
@@ -94,20 +100,24 @@ def _watch(
     def consume(child: nn.Module, args: tuple[Tensor, ...]) -> None:
         gate = seen.pop("gate")
         gate, up = gate.chunk(2, dim=-1) if site.up is None else (gate, seen.pop("up"))
-        count(site, seen.pop("preview", gate), up, args[0])
+        foretold = seen.pop("foretold gate", gate), seen.pop("foretold up", None)
+        count(site, foretold[0], up, args[0], foretold[1])
 
     handles = [
         module.get_submodule(site.gate).register_forward_hook(keep("gate")),
         module.get_submodule(site.down).register_forward_pre_hook(consume),
     ]
     if preview is not None:
-        packed, scale = preview
+        # Half by half: dequantized, each is as large as the weight.
+        halves = tuple(zip(*(part.chunk(2) for part in preview), strict=True))
 
-        def decide(child: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def foretell(child: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            seen["preview"] = F.linear(x, dequantize(packed, scale, x.shape[-1], x.dtype))
+            for name, (packed, scale) in zip(("gate", "up"), halves, strict=True):
+                w = dequantize(packed, scale, x.shape[-1], x.dtype)
+                seen[f"foretold {name}"] = F.linear(x, w)
 
-        handles.append(module.get_submodule(site.gate).register_forward_pre_hook(decide))
+        handles.append(module.get_submodule(site.gate).register_forward_pre_hook(foretell))
     if site.up is not None:
         handles.append(module.get_submodule(site.up).register_forward_hook(keep("up")))
     return handles

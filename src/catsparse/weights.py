@@ -1,4 +1,4 @@
-"""The weights of a gated MLP's children: can they be read as they are, and have they changed."""
+"""The weights of a gated MLP's children: what can be read, is made of them, and changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .kernels import Backend, Choice, choose_backend, make_preview
+
 Version = tuple[StorageWeakRef, int, int]
-Key = tuple[Version, Version | None]
+Key = tuple[Version, ...]
 
 
 class Children(nn.Module):
@@ -25,17 +27,21 @@ class Children(nn.Module):
         """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
         if self.why_not_raw(dtype) is not None:
             return None
-        down: Tensor = getattr(self, self.site_down).weight
+        return (*self.raw_gate_up(), getattr(self, self.site_down).weight)
+
+    def raw_gate_up(self) -> tuple[Tensor, Tensor]:
+        """(w_gate, w_up), each ``[I, H]``, which must be readable."""
         gate: Tensor = getattr(self, self.site_gate).weight
         if self.site_up is not None:
-            return gate, getattr(self, self.site_up).weight, down
+            return gate, getattr(self, self.site_up).weight
         half = gate.shape[0] // 2
-        return gate[:half], gate[half:], down
+        return gate[:half], gate[half:]
 
-    def raw_gate(self) -> Tensor:
-        """w_gate ``[I, H]``, which must be readable."""
-        gate: Tensor = getattr(self, self.site_gate).weight
-        return gate if self.site_up is not None else gate[: gate.shape[0] // 2]
+    def make_preview(self, bits: int, of_products: bool) -> tuple[Tensor, Tensor]:
+        """The preview and its scales, of w_gate or, for products, of w_gate and w_up, which must be
+        readable; see :func:`catsparse.kernels.preview.make_preview`."""
+        gate, up = self.raw_gate_up()
+        return make_preview(gate, bits, up if of_products else None)
 
     def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
         """Why the children must be called instead of reading their weights; None if they can be."""
@@ -50,10 +56,29 @@ class Children(nn.Module):
                 return reason
         return None
 
-    def weights_key(self, gate: bool) -> Key:
-        """Changes with w_down, and with w_gate if asked for."""
-        down = version_of(getattr(self, self.site_down).weight)
-        return down, version_of(getattr(self, self.site_gate).weight) if gate else None
+    def make_bias(self, mean: Tensor) -> Tensor:
+        """w_down @ mean, fp32 ``[H]``; w_down must be readable, mean is fp32 ``[I]``."""
+        weight: Tensor = getattr(self, self.site_down).weight
+        mean = mean.to(weight.device)
+        # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
+        return torch.cat([rows.float() @ mean for rows in weight.split(1024)])
+
+    def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
+        """What this layer would run if ``asked`` to; its weights must be readable."""
+        weight: Tensor = getattr(self, self.site_down).weight
+        columns, neurons = weight.shape
+        hidden: int = getattr(self, self.site_gate).weight.shape[1]
+        sizes = hidden, neurons, columns
+        choice = choose_backend(asked, weight.device, weight.dtype, sizes)
+        if choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
+            reason = f"the {choice.backend.value} kernel needs the copy of the down projection"
+            return Choice(Backend.TORCH, 0, reason)
+        return choice
+
+    def weights_key(self, gate: bool, up: bool) -> Key:
+        """Versions of w_down, and of w_gate and w_up if asked for."""
+        wanted = (self.site_down, self.site_gate if gate else None, self.site_up if up else None)
+        return tuple(version_of(getattr(self, name).weight) for name in wanted if name is not None)
 
 
 def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = None) -> str | None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..calibration import Calibration, GateDecision
-from ..config import bytes_skipped
+from ..config import PRODUCT
 from ..decoding import generate
 from ..errors import CatsparseError
+from ..footprint import bytes_skipped
 from ..kernels import gated_mlp_reference
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
@@ -132,7 +133,9 @@ def _bench(
         variants.append(Variant("dense_compiled", 0.0))
     variants.append(Variant("dense", 0.0))
     previews = {name: _preview(m) for name, m in sparse_modules(model).items()}
-    for s in sorted({0.0, *sparsities}):
+    # Without its preview method product would read all of gate and up: only keeping all is shown.
+    exact = () if state_of(model).config.method == PRODUCT else sparsities
+    for s in sorted({0.0, *exact}):
         variants.append(_variant(model, calibration, s, prompt, down_copy, None))
     if calibration.preview is not None:
         for s in sorted({*sparsities} - {0.0}):
@@ -163,20 +166,22 @@ def _variant(
     thresholds = calibration.thresholds(
         sparsity, config.method, config.compensate, config.down_sparsity if own else None
     )
-    impl = "catsparse" if previews is None else f"catsparse_preview{calibration.preview}"
+    kind = "product" if config.method == PRODUCT else "preview"
+    impl = "catsparse" if previews is None else f"catsparse_{kind}{calibration.preview}"
     variant = Variant(impl, sparsity, thresholds, previews)
     modules = sparse_modules(model).values()
     _apply(model, variant)
     choices = [module._catsparse_choice for module in modules]
     if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
         keep, kept = _kept(model, prompt)
-        gate = next(iter(modules)).raw_gate()
+        gate, _ = next(iter(modules)).raw_gate_up()
         variant.bytes_skipped = bytes_skipped(
             1 - keep,
             1 - kept if down_copy else 0.0,
             None if previews is None else calibration.preview,
             gate.shape[1],
             gate.element_size(),
+            of_products=config.method == PRODUCT,
         )
     variant.max_err = _check(model, prompt)
     return variant

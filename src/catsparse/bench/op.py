@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import bytes_skipped
 from ..errors import CatsparseError
+from ..footprint import bytes_skipped
 from ..kernels import ACTIVATIONS, dequantize, gated_mlp_reference
 from ..modules import SparseMLP, add_sparsity
 from ..sites import find_sites
@@ -213,7 +213,7 @@ class Setup:
         choice = self.modules[0]._catsparse_choice
         self.runs_kernel = choice is not None and tokens <= choice.kernel_tokens
         # |g| of what decides: w_gate itself, and its preview.
-        self.gates = {False: [self._gate(m.raw_gate()) for m in self.modules]}
+        self.gates = {False: [self._gate(m.raw_gate_up()[0]) for m in self.modules]}
         self.previews = [(m.catsparse_preview, m.catsparse_preview_scale) for m in self.modules]
         self.gates[True] = [
             self._gate(dequantize(copy, scale, shape.hidden, torch.float32))

@@ -15,7 +15,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import check_preview, check_sparsity
+from ..config import DEFAULT_METHOD, PRODUCT, check_preview, check_sparsity
 from ..errors import CatsparseError
 from .common import Device, Json, err, load, out, print_json
 
@@ -146,7 +146,8 @@ def decode(
     sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview)
     rows = []
     variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
-    if state_of(sparse).config.preview is not None:
+    of = state_of(sparse).config
+    if of.preview is not None and of.method != PRODUCT:  # the exact gate beside it
         variants += len({*wanted} - {0.0})
     with _progress(len(cases) * variants * (rounds + 1), "generating") as advance:
         for size, length in cases:
@@ -222,7 +223,7 @@ def _random(
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
     calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
     prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
-    return sparsify(model, calibration), prompts
+    return sparsify(model, calibration, method=DEFAULT_METHOD), prompts
 
 
 def _real(
@@ -238,7 +239,8 @@ def _real(
     model, tokenizer = load(name, device, dtype)
     if not hub.is_artifact(name):
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
-        model = sparsify(model, calibrate(model, windows, data_name=source, preview=preview))
+        calibration = calibrate(model, windows, data_name=source, preview=preview)
+        model = sparsify(model, calibration, method=DEFAULT_METHOD)
     prompts = {
         n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
     }

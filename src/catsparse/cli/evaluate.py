@@ -104,5 +104,6 @@ def evaluate(
         cells += [f"{site.down_sparsity:.1%}", f"{e.down_sites[name]:.1%}"] if second else []
         sites.add_row(name, *cells)
     out.print(sites)
-    by_preview = f"; a {config.preview}-bit preview of the gate decides" if config.preview else ""
+    of = f"; a {config.preview}-bit preview of the {config.decided_on} decides"
+    by_preview = of if config.preview else ""
     out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded{by_preview}")

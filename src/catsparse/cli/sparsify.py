@@ -11,8 +11,10 @@ from ..config import (
     DEFAULT_METHOD,
     METHODS,
     PREFILL_POLICIES,
+    PRODUCT,
     check_choice,
     check_down_sparsity,
+    check_method,
     check_preview,
     check_sparsity,
 )
@@ -43,19 +45,28 @@ def sparsify(
     model: Model = "default",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
     sparsity: Annotated[float, typer.Option(help="Fraction of neurons to drop, 0 to 1.")] = 0.5,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(METHODS)}; else {PRODUCT} with a preview and no second "
+            f"decision, {DEFAULT_METHOD} without."
+        ),
+    ] = None,
     compensate: Annotated[
         bool, typer.Option(help="Replace dropped neurons by their means (free at run time).")
     ] = True,
     preview: Annotated[
         int | None,
-        typer.Option(help="Bits of a copy of the gate that decides, 4 or 8; else the gate itself."),
+        typer.Option(
+            help="Bits of a copy of gate and up (of the gate alone, unless the method is product) "
+            "that decides, 4 or 8; else the gate itself."
+        ),
     ] = None,
     down_sparsity: Annotated[
         float | None,
         typer.Option(
             help="Fraction of the down projection's rows not to read, at least the sparsity: a "
-            "second decision."
+            "second decision, not with the method product."
         ),
     ] = None,
     prefill: Annotated[
@@ -77,7 +88,8 @@ def sparsify(
     Given a folder that was written before, take its calibration and only choose new thresholds.
     """
     check_sparsity(sparsity)
-    check_choice("method", method, METHODS)
+    if method is not None:
+        check_choice("method", method, METHODS)
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_preview(preview)
     if down_sparsity is not None:
@@ -100,11 +112,15 @@ def sparsify(
         calibration = state_of(sparse).calibration
         if calibration is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
-        wanted = GateDecision(sparsity, method)
+        if method is not None:
+            check_method(method, calibration.preview, down_sparsity)
+        wanted = GateDecision(sparsity, method or DEFAULT_METHOD)
         if preview not in (None, calibration.preview):
             lacks = f"for a {preview}-bit preview"
         elif down_sparsity is not None and calibration.products_at != wanted:
-            lacks = f"for a second decision behind {method} at {sparsity:.1%}"
+            lacks = f"for a second decision behind {wanted.method} at {sparsity:.1%}"
+        elif method == PRODUCT and not calibration.foretold:
+            lacks = "for method product, which is newer"
         else:
             lacks = ""
         if lacks:
@@ -113,6 +129,8 @@ def sparsify(
             )
         dense = densify(sparse)
     else:
+        if method is not None:
+            check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
     if calibration is None:
         windows, data_name = token_windows(
@@ -128,7 +146,7 @@ def sparsify(
                 checkpoint=output / ".calibration.partial.safetensors",
                 preview=preview,
                 products_at=None if down_sparsity is None else sparsity,
-                method=method,
+                method=DEFAULT_METHOD if method in (None, PRODUCT) else method,
             )
         except KeyboardInterrupt:
             err.print("interrupted; the same command goes on from the last saved part")
@@ -143,7 +161,7 @@ def sparsify(
     config = sparse.catsparse.config
     result = {
         "output": str(output),
-        "method": method,
+        "method": config.method,
         "compensate": compensate,
         "preview": config.preview,
         "sparsity": config.measured_sparsity,
@@ -159,7 +177,7 @@ def sparsify(
         return
     if left_dense:
         err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
-    by_preview = f" by a {config.preview}-bit preview" if config.preview else ""
+    by_preview = f" by a {config.preview}-bit {config.decided_on} preview" if config.preview else ""
     unread = config.measured_down_sparsity
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "

@@ -125,7 +125,9 @@ class FusedStep:
         h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
         mlp = layer.mlp
         call = Call(h, mlp.gate, mlp.up, *weights[:2], mlp.act, *weights[2:])
-        if not self._few:  # everything is read anyway: w_gate decides
+        if not self._few:  # everything is read anyway: the exact weights decide
+            if call.previews_products:
+                call = call._replace(threshold=self._keep_all, product_threshold=call.threshold)
             call = call._replace(x=rms_norm(h, layer.mlp_norm), preview=None, preview_scale=None)
             torch.add(h, gated_mlp(*call), out=x)
             return
@@ -167,10 +169,11 @@ class FusedStep:
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
         if preview is not None and not self._takes_preview(mlp, preview):
             preview = scale = None
-        return _Weights(
-            *(down_t, module.catsparse_threshold, module.catsparse_mean, module.catsparse_bias),
-            *(module.catsparse_product_threshold, preview, scale),
-        )
+        threshold, product = module.catsparse_threshold, module.catsparse_product_threshold
+        if preview is None and module.catsparse_of_products:
+            threshold, product = self._keep_all, threshold  # a second decision on the exact product
+        compensation = module.catsparse_mean, module.catsparse_bias
+        return _Weights(down_t, threshold, *compensation, product, preview, scale)
 
     def _takes_preview(self, mlp: Mlp, preview: Tensor) -> bool:
         """Whether tiles of it fit into the kernel's shared memory beside all else."""

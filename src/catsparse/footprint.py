@@ -1,0 +1,38 @@
+"""Bytes of MLP weights that a decoded token reads, and what of them sparsity skips."""
+
+from __future__ import annotations
+
+
+def preview_bytes(hidden: int, bits: int) -> int:
+    """Bytes of a neuron in a preview of one matrix: codes in groups of 64, scales in pieces of 16
+    bytes."""
+    groups = -(-hidden // 64)
+    return groups * 8 * bits + 16 * -(-groups // 8)
+
+
+def bytes_skipped(
+    sparsity: float,
+    down_sparsity: float | None,
+    preview: int | None,
+    hidden: int,
+    itemsize: int,
+    of_products: bool = False,
+) -> float:
+    """Fraction of one gated MLP's weight bytes that a decoded token does not read.
+
+    Without a preview, dropped neurons' rows of W_up and W_down; with one, their rows of W_gate,
+    too, less the preview's own bytes (so the fraction is negative if little is dropped).
+
+    Args:
+        sparsity: fraction of neurons dropped by the first decision.
+        down_sparsity: fraction of W_down's rows not read; None for ``sparsity``.
+        preview: its bits; None if the exact gate decides.
+        hidden: H.
+        itemsize: bytes of a weight.
+        of_products: whether the preview is of W_gate and W_up, two matrices to read.
+    """
+    down = sparsity if down_sparsity is None else down_sparsity
+    if preview is None:
+        return (sparsity + down) / 3
+    read = (2 if of_products else 1) * preview_bytes(hidden, preview) / (hidden * itemsize)
+    return (2 * sparsity + down - read) / 3
