@@ -156,30 +156,36 @@ def test_preview_and_second_decision(
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step's kernel has no preview of products: a second decision is made on the exact ones."""
     model = make("llama", device)
     calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
     catsparse.sparsify(model, calibration, 0.6)
     assert model.catsparse.config.method == "product"
     calls = noted(monkeypatch)
+    check(model, tokens(batch, 30))
+    if batch == 1:  # with more the step has torch's matmuls, and the exact product decides
+        assert calls[-1].previews_products
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu")], indirect=True)
+def test_method_product_where_no_tile_fits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second decision is made on the exact product, behind a gate that keeps all."""
+    model = make("llama", device)
+    calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
+    catsparse.sparsify(model, calibration, 0.6)
+    calls = noted(monkeypatch)
+    monkeypatch.setattr(fused, "why_not_sizes", lambda *_: "no room")
 
     def by_exact_products(*arguments: Any, backend: str) -> Tensor:
         call = Call(*arguments)
         if call.previews_products:
-            call = call._replace(
-                threshold=call.threshold.new_tensor(-1.0), product_threshold=call.threshold
-            )
+            keep_all = call.threshold.new_tensor(-1.0)
+            call = call._replace(threshold=keep_all, product_threshold=call.threshold)
         return gated_mlp_reference(*call._replace(preview=None, preview_scale=None))
 
     monkeypatch.setattr(modules, "gated_mlp", by_exact_products)
-    check(model, tokens(batch, 30))
-    module = next(iter(sparse_modules(model).values()))
-    assert module.catsparse_preview is not None
-    if batch == 1:
-        own = next(call for call in calls if call.product_threshold is not None)  # past the checks
-        assert own.preview is None
-        assert float(own.threshold) == -1
-        assert torch.equal(own.product_threshold, module.catsparse_threshold)
+    check(model, tokens(1, 30))
+    assert calls[-1].preview is None
+    assert calls[-1].product_threshold is not None
 
 
 @pytest.mark.parametrize("batch", [2, 4, 7])
