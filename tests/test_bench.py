@@ -251,9 +251,9 @@ def test_layers_exceed_the_cache_even_if_only_gates_are_read(
 @pytest.mark.usefixtures("small_cache")
 def test_thresholds_drop_the_share_asked_for() -> None:
     setup = op.Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True, 4)
-    for s, preview in itertools.product((0.25, 0.5, 0.9), (False, True)):
-        for gate, threshold in zip(setup.gates[preview], setup.thresholds(s, preview), strict=True):
-            assert float((gate <= threshold).float().mean()) == pytest.approx(s, abs=0.005)
+    for s, kind in itertools.product((0.25, 0.5, 0.9), op.KINDS):
+        for values, cut in zip(setup.deciding[kind], setup.thresholds(s, kind), strict=True):
+            assert float((values <= cut).float().mean()) == pytest.approx(s, abs=0.005)
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -269,12 +269,13 @@ def test_the_op_with_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "gated_mlp", note)
     found = run_op(rounds=1, preview=8, sparsities=[0.0, 0.9], shape=bench.find_shape("128,256"))
     names = [row.impl for row in found]
-    assert names == ["dense", "catsparse", "catsparse", "catsparse_preview8"]
-    exact, preview = found[2:]
-    assert {type(c) for c in calls} == {type(None), Tensor}
+    assert names == ["dense", "catsparse", "catsparse", "catsparse_preview8", "catsparse_product8"]
+    exact, preview, product = found[2:]
+    assert {None if c is None else c.shape[0] for c in calls} == {None, 256, 512}
     copies = (128 + 16) / (3 * 128 * 4)
     assert exact.bytes_skipped == pytest.approx(0.6, abs=0.01)
     assert preview.bytes_skipped == pytest.approx(0.9 - copies, abs=0.01)
+    assert product.bytes_skipped == pytest.approx(0.9 - 2 * copies, abs=0.01)
 
 
 Prepared = Callable[[Tensor, Tensor, str], Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CatsparseError
 from ..footprint import bytes_skipped
-from ..kernels import ACTIVATIONS, dequantize, gated_mlp_reference
+from ..kernels import ACTIVATIONS, dequantize, gated_mlp_reference, make_preview
 from ..modules import SparseMLP, add_sparsity
 from ..sites import find_sites
 from ..surgery import set_backend
@@ -65,14 +65,20 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
+# What decides: the gate itself, its preview, or a preview of products.
+KINDS = ("", "preview", "product")
+Preview = tuple[Tensor | None, Tensor | None]  # packed, and its scales
+
+
 @dataclass
 class Variant:
-    """One thing to time: ``call(layer, input)``."""
+    """One thing to time: ``call(layer, input)``; ``kind`` of KINDS tells what decides."""
 
     impl: str
     sparsity: float
     call: Callable[[int, Tensor], Tensor]
     bytes_skipped: float = 0.0
+    kind: str = ""
     max_err: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
@@ -97,7 +103,8 @@ def bench_op(
 
     Args:
         peers: other implementations to run beside, by name.
-        preview: also the op with a gate preview of so many bits, as ``catsparse_preview4``.
+        preview: also the op with previews of so many bits, of the gate and of products, as
+            ``catsparse_preview4`` and ``catsparse_product4``.
         advance: called after every round.
 
     Raises:
@@ -108,20 +115,11 @@ def bench_op(
     variants = [Variant("dense", 0.0, setup.dense)]
     if device.type == "cuda":
         variants.append(Variant("dense_compiled", 0.0, setup.dense_compiled()))
-    variants += [
-        Variant("catsparse", s, setup.sparse(s), setup.bytes_skipped(s) * setup.runs_kernel)
-        for s in sorted({0.0, *sparsities})
-    ]
-    if preview is not None:
-        variants += [
-            Variant(
-                f"catsparse_preview{preview}",
-                s,
-                setup.sparse(s, by_preview=True),
-                setup.bytes_skipped(s, by_preview=True) * setup.runs_kernel,
-            )
-            for s in sorted({*sparsities} - {0.0})
-        ]
+    for kind in KINDS if preview is not None and setup.runs_kernel else KINDS[:1]:
+        name = f"catsparse_{kind}{preview}" if kind else "catsparse"
+        for s in sorted({0.0, *sparsities} if not kind else {*sparsities} - {0.0}):
+            skipped = setup.bytes_skipped(s, kind) * setup.runs_kernel
+            variants.append(Variant(name, s, setup.sparse(s, kind), skipped, kind))
     for (name, peer), s in itertools.product((peers or {}).items(), sorted(set(sparsities))):
         # What a peer reads is its own affair; it is held against what it might have skipped.
         variants.append(Variant(name, s, setup.peer(peer, s), setup.bytes_skipped(s)))
@@ -187,7 +185,7 @@ class Setup:
         preview: int | None = None,
     ) -> None:
         self.shape, self.dtype, self.tokens, self.device = shape, dtype, tokens, device
-        self.down_copy = down_copy
+        self.down_copy, self.bits = down_copy, preview
         self.weight_bytes = 3 * shape.hidden * shape.intermediate * dtype.itemsize
         torch.manual_seed(0)
         # Even a call that drops everything reads the gate, a third of the bytes.
@@ -205,46 +203,51 @@ class Setup:
         self.modules: list[SparseMLP] = []
         for site in sites:
             layer = self.layers.get_submodule(site.name)
-            self.modules.append(
-                add_sparsity(layer, site, torch.tensor(-1.0), None, "masked", None, preview)
-            )
+            self.modules.append(add_sparsity(layer, site, torch.tensor(-1.0), None, "masked"))
         self.layers.eval()
         set_backend(self.layers, backend, down_copy)
         choice = self.modules[0]._catsparse_choice
         self.runs_kernel = choice is not None and tokens <= choice.kernel_tokens
-        # |g| of what decides: w_gate itself, and its preview.
-        self.gates = {False: [self._gate(m.raw_gate_up()[0]) for m in self.modules]}
-        self.previews = [(m.catsparse_preview, m.catsparse_preview_scale) for m in self.modules]
-        self.gates[True] = [
-            self._gate(dequantize(copy, scale, shape.hidden, torch.float32))
-            for copy, scale in self.previews
-            if copy is not None and scale is not None
-        ]
+        none: Preview = (None, None)
+        self.previews: dict[str, list[Preview]] = {"": [none] * len(self.modules)}
+        # The magnitudes that decide, ``[INPUTS, T, I]`` fp32 a layer.
+        self.deciding = {"": [self._foretold(m.raw_gate_up()[0].float()) for m in self.modules]}
+        for kind in KINDS[1:] if preview else ():
+            made = []
+            for module in self.modules:
+                gate, up = module.raw_gate_up()
+                made.append(make_preview(gate, preview or 0, up if kind == "product" else None))
+            self.previews[kind] = [*made]
+            self.deciding[kind] = [
+                self._foretold(dequantize(*copy, shape.hidden, torch.float32)) for copy in made
+            ]
 
-    def _gate(self, weight: Tensor) -> Tensor:
-        """|g| of all inputs in fp32, ``[INPUTS, T, I]``."""
+    def _foretold(self, weight: Tensor) -> Tensor:
+        """|g|, or |g u| if the weight is of both."""
         x = torch.stack(self.inputs).float()
         with torch.no_grad():
-            return ACTIVATIONS[self.shape.act](F.linear(x, weight.float())).abs()
+            parts = F.linear(x, weight).split(self.shape.intermediate, dim=-1)
+            g = ACTIVATIONS[self.shape.act](parts[0])
+            return (g if len(parts) == 1 else g * parts[1]).abs()
 
-    def thresholds(self, sparsity: float, by_preview: bool = False) -> list[Tensor]:
+    def thresholds(self, sparsity: float, kind: str = "") -> list[Tensor]:
         """One a layer, in the widest gap near the quantile: no rounding flips a decision there."""
         if sparsity == 0:
             return [torch.tensor(-1.0, device=self.device)] * len(self.layers)
-        return [_gap(gate.flatten(), sparsity) for gate in self.gates[by_preview]]
+        return [_gap(values.flatten(), sparsity) for values in self.deciding[kind]]
 
-    def bytes_skipped(self, sparsity: float, by_preview: bool = False) -> float:
+    def bytes_skipped(self, sparsity: float, kind: str = "") -> float:
         """A call reads a row if any of its tokens keeps the neuron; a preview is read whole."""
-        pairs = zip(self.gates[by_preview], self.thresholds(sparsity, by_preview), strict=True)
-        kept = [(gate > t).any(dim=1).float().mean() for gate, t in pairs]
+        pairs = zip(self.deciding[kind], self.thresholds(sparsity, kind), strict=True)
+        kept = [(values > t).any(dim=1).float().mean() for values, t in pairs]
         dropped = 1 - float(torch.stack(kept).mean())
-        bits = self.modules[0].catsparse_preview_bits if by_preview else None
         return bytes_skipped(
             dropped,
             dropped if self.down_copy else 0.0,
-            bits,
+            self.bits if kind else None,
             self.shape.hidden,
             self.dtype.itemsize,
+            of_products=kind == "product",
         )
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
@@ -266,10 +269,8 @@ class Setup:
         compiled = torch.compile(mlp, dynamic=False)
         return lambda layer, x: compiled(x, fused[layer], down[layer])
 
-    def sparse(self, sparsity: float, by_preview: bool = False) -> Callable[[int, Tensor], Tensor]:
-        thresholds = self.thresholds(sparsity, by_preview)
-        none: tuple[Tensor | None, Tensor | None] = (None, None)
-        previews = self.previews if by_preview else [none] * len(self.layers)
+    def sparse(self, sparsity: float, kind: str = "") -> Callable[[int, Tensor], Tensor]:
+        thresholds, previews = self.thresholds(sparsity, kind), self.previews[kind]
 
         def call(layer: int, x: Tensor) -> Tensor:
             module = self.modules[layer]
@@ -300,9 +301,8 @@ class Setup:
         Raises:
             CatsparseError: it is above the dtype's tolerance.
         """
-        by_preview = variant.impl.startswith("catsparse_preview")
-        threshold, worst = self.thresholds(variant.sparsity, by_preview)[0], 0.0
-        extra = (None, None, None, *self.previews[0]) if by_preview else ()
+        threshold, worst = self.thresholds(variant.sparsity, variant.kind)[0], 0.0
+        extra = (None, None, None, *self.previews[variant.kind][0])
         for x in self.inputs[:2]:
             y = variant.call(0, x).float()
             errors = []

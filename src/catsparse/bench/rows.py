@@ -38,7 +38,8 @@ class Row:
             only: gate and up in one matrix, torch.compile; in ``decode`` rows the compiled step.
             ``transformers``: dense in its own loop, for ``decode`` on GPUs. ``catsparse``: at
             sparsity 0 it keeps every neuron, by our kernel where the backend chose it.
-            ``catsparse_preview4`` or ``8``: a gate preview of so many bits decides. Or a peer's
+            ``catsparse_preview4`` or ``8``: a gate preview of so many bits decides;
+            ``catsparse_product4`` or ``8``: a preview of gate and up, on the product. Or a peer's
             name.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
         tokens: tokens a call, or sequences of a decode step.

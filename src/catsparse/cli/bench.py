@@ -56,7 +56,7 @@ def op(
         typer.Option(help="index_select, or a Python file that defines prepare; may be repeated."),
     ] = None,
     preview: Annotated[
-        int | None, typer.Option(help="Also with a gate preview of so many bits, 4 or 8.")
+        int | None, typer.Option(help="Also with previews of so many bits, 4 or 8.")
     ] = None,
     output: Output = Path("out/bench"),
     plot: Plot = False,
