@@ -15,7 +15,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import DEFAULT_METHOD, PRODUCT, check_preview, check_sparsity
+from ..config import DEFAULT_METHOD, PRODUCT, check_method, check_preview, check_sparsity
 from ..errors import CatsparseError
 from .common import Device, Json, err, load, out, print_json
 
@@ -109,7 +109,11 @@ def decode(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate a round.", min=2)] = 16,
     preview: Annotated[
         int | None,
-        typer.Option(help="Also with a gate preview of so many bits; a folder has its own."),
+        typer.Option(help="Also with a preview of so many bits; a folder has its own."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"{DEFAULT_METHOD} unless given; {PRODUCT} needs --preview."),
     ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also dense by the compiled step; needs a GPU.")
@@ -128,6 +132,7 @@ def decode(
     On a GPU, catsparse.generate, beside transformers' own loop: give 40 new tokens or more.
     """
     check_preview(preview)
+    check_method(method or DEFAULT_METHOD, preview, None)
     from ..bench import append_rows, bench_decode
     from ..surgery import state_of
 
@@ -143,7 +148,7 @@ def decode(
         raise CatsparseError("--compile needs a GPU; leave it out")
     make = _random if config is not None else _real
     name = config or model or ""
-    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview)
+    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview, method)
     rows = []
     variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
     of = state_of(sparse).config
@@ -205,7 +210,13 @@ def tune(
 
 
 def _random(
-    name: str, dtype: str, device: str, lengths: list[int], count: int, preview: int | None
+    name: str,
+    dtype: str,
+    device: str,
+    lengths: list[int],
+    count: int,
+    preview: int | None,
+    method: str | None,
 ) -> tuple[Any, dict[int, Any]]:
     """A model, and ``count`` prompts of each length."""
     import torch
@@ -223,24 +234,31 @@ def _random(
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
     calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
     prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
-    return sparsify(model, calibration, method=DEFAULT_METHOD), prompts
+    return sparsify(model, calibration, method=method or DEFAULT_METHOD), prompts
 
 
 def _real(
-    name: str, dtype: str, device: str, lengths: list[int], count: int, preview: int | None
+    name: str,
+    dtype: str,
+    device: str,
+    lengths: list[int],
+    count: int,
+    preview: int | None,
+    method: str | None,
 ) -> tuple[Any, dict[int, Any]]:
     from .. import hub
     from ..observation import calibrate
     from ..surgery import sparsify
     from .common import token_windows
 
-    if hub.is_artifact(name) and preview is not None:
-        raise CatsparseError(f"{name} has the preview it was saved with; leave --preview out")
+    for option, value in (("preview", preview), ("method", method)):
+        if hub.is_artifact(name) and value is not None:
+            raise CatsparseError(f"{name} has the {option} it was saved with; leave --{option} out")
     model, tokenizer = load(name, device, dtype)
     if not hub.is_artifact(name):
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
         calibration = calibrate(model, windows, data_name=source, preview=preview)
-        model = sparsify(model, calibration, method=DEFAULT_METHOD)
+        model = sparsify(model, calibration, method=method or DEFAULT_METHOD)
     prompts = {
         n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
     }
