@@ -151,7 +151,7 @@ def _names(tasks: str | list[str], folder: Path | None) -> list[str]:
         names = [name for name in LOCAL_TASKS if find_file(name, folder) is not None]
         if not names:
             raise CatsparseError(f"{folder} holds no task's file, such as piqa.jsonl")
-    if not all(names) or "all" in names:
+    if not names or not all(names) or "all" in names:
         raise CatsparseError("tasks must be names with commas between them, or 'all' alone")
     return names
 
