@@ -77,9 +77,13 @@ def count_passes(model: Any) -> list[int]:
 # -- figures
 
 
-def test_rows_are_those_of_a_plain_loop(sparse: Any, folder: Path) -> None:
+@pytest.mark.parametrize("prefill", ["masked", "dense"])
+def test_rows_are_those_of_a_plain_loop(
+    calibrated: catsparse.Calibration, folder: Path, prefill: str
+) -> None:
     """Dense by the dense model, sparse by MLPs written out by hand; nothing of either is shared."""
     dense = build(llama_config())
+    sparse = catsparse.sparsify(copy.deepcopy(dense), calibrated, 0.6, prefill=prefill)
     by_hand = {"dense": dense, "sparse": masked_by_hand(sparse, dense)}
     rows = evaluated(sparse, folder)
     assert [(row.task, row.variant) for row in rows] == [
@@ -349,13 +353,14 @@ def test_numbers_out_of_range(options: Any, sparse: Any, folder: Path) -> None:
         evaluated(sparse, folder, **options)
 
 
-def test_training_flags_come_back(sparse: Any, folder: Path) -> None:
-    sparse.train()
-    sparse.model.layers[0].eval()
-    flags = [module.training for module in sparse.modules()]
-    expected = evaluated(copy.deepcopy(sparse).eval(), folder, "piqa")
-    assert evaluated(sparse, folder, "piqa") == expected
-    assert [module.training for module in sparse.modules()] == flags
+def test_no_dropout_and_flags_that_come_back(folder: Path) -> None:
+    model = build(llama_config(attention_dropout=0.5))
+    expected = evaluated(model, folder, "lambada")
+    model.train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    assert evaluated(model, folder, "lambada") == expected
+    assert [module.training for module in model.modules()] == flags
 
 
 # -- the command

@@ -115,7 +115,8 @@ def test_a_model_that_gives_all_logits(llama: Any) -> None:
 
 
 def test_bf16_logits_are_scored_in_fp32(llama: Any) -> None:
-    found = loglikelihoods(llama.bfloat16(), random_pairs(), WINDOW, Batch(rows=4))
+    pairs = [(context, rest[:1]) for context, rest in random_pairs()]
+    found = loglikelihoods(llama.bfloat16(), pairs, WINDOW, Batch(rows=4))
     values = torch.tensor([score.logprob for score in found], dtype=torch.float64)
     assert not torch.equal(values.bfloat16().double(), values)
 
