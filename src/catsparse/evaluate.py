@@ -13,9 +13,9 @@ from rich.progress import track
 from torch import Tensor
 
 from .errors import CatsparseError
-from .meter import achieved_sparsity
+from .judge import scored_sparse, standard_error
 from .observation import evaluating
-from .surgery import run_dense, threshold_every_token
+from .surgery import run_dense
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def perplexity(
     mean = float(values.mean())
     if not math.isfinite(mean):
         raise CatsparseError("the loss is not finite; load the model in bf16 or fp32")
-    return Perplexity(math.exp(mean), math.exp(mean) * _standard_error(values), values)
+    return Perplexity(math.exp(mean), math.exp(mean) * standard_error(values), values)
 
 
 def evaluate(
@@ -105,11 +105,15 @@ def evaluate(
         model: a sparse model.
         windows: token ids ``[N, L]``.
         dense: the dense perplexity on the same windows, if it is known already.
+
+    Raises:
+        CatsparseError: what :func:`perplexity` refuses, or a layer that is meant to be sparse ran
+            dense.
     """
     if dense is None:
         with run_dense(model):
             dense = perplexity(model, windows, batch_size, progress, "scoring dense")
-    with threshold_every_token(model), achieved_sparsity(model) as meter:
+    with scored_sparse(model) as meter:
         sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
     rise = sparse.value / dense.value
     return Evaluation(
@@ -117,17 +121,10 @@ def evaluate(
         perplexity=sparse,
         dense_perplexity=dense,
         rise=rise - 1,
-        rise_standard_error=rise * _standard_error(sparse.losses - dense.losses),
+        rise_standard_error=rise * standard_error(sparse.losses - dense.losses),
         sparsity=meter.sparsity,
         down_sparsity=meter.down_sparsity,
         bytes_skipped=meter.bytes_skipped,
         sites=meter.sites,
         down_sites=meter.down_sites,
     )
-
-
-def _standard_error(values: Tensor) -> float:
-    """Of the mean of ``values``; nan for a single one."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.std()) / math.sqrt(len(values))

@@ -1,13 +1,17 @@
-"""``catsparse evaluate``: perplexity, dense beside sparse."""
+"""``catsparse evaluate``: perplexity or zero-shot tasks, dense beside sparse."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
+from ..errors import CatsparseError
 from .common import (
-    BatchSize,
     Column,
     Data,
     Device,
@@ -16,34 +20,104 @@ from .common import (
     Model,
     SeqLen,
     Tokens,
+    err,
     load,
     out,
     print_json,
+    refuse_options,
     token_windows,
 )
 
+if TYPE_CHECKING:
+    from ..tasks import TaskRow
+
+# Tokens of an automatic batch of windows, halved for as long as memory is too small.
+_BATCH_TOKENS = 2048
+
 
 def evaluate(
+    context: typer.Context,
     model: Model = "default",
     data: Data = None,
     column: Column = "text",
     tokens: Tokens = 100_000,
     seq_len: SeqLen = 512,
-    batch_size: BatchSize = 4,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks instead of perplexity: names with commas, or 'all'."),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tasks' .jsonl files; else they come from lm-eval."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task, at most.", min=1)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File that the tasks' rows are added to; a run goes on from it."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Windows or texts a forward pass; auto finds it.")
+    ] = "auto",
     device: Device = None,
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity with its standard error; for a sparse folder the dense one beside it."""
+    """Perplexity, or accuracy on zero-shot tasks, with standard errors; for a sparse folder the
+    dense result beside it."""
+    size = _batch_size(batch_size)
+    if tasks is None:
+        only = ("tasks_data", "limit", "output")
+        refuse_options(context, only, "it belongs to --tasks, which was not given")
+    else:
+        of_perplexity = ("data", "column", "tokens", "seq_len")
+        refuse_options(context, of_perplexity, "it belongs to perplexity, and --tasks was given")
+    loaded, tokenizer = load(model, device, dtype)
+    if tasks is None:
+        _perplexity(model, loaded, tokenizer, (data, column, tokens, seq_len), size, json)
+        return
+    from ..tasks import evaluate_tasks
+
+    rows = evaluate_tasks(
+        loaded, tokenizer, tasks, folder=tasks_data, limit=limit, batch_size=size, output=output
+    )
+    if json:
+        shown = [{k: v for k, v in asdict(row).items() if k != "correct"} for row in rows]
+        print_json({"model": model, "rows": shown})
+        return
+    _print_tasks(rows)
+    if output is not None:
+        err.print(f"rows: {output}", highlight=False, soft_wrap=True)
+
+
+def _batch_size(given: str) -> int | None:
+    if given == "auto":
+        return None
+    if not (given.isascii() and given.isdigit()) or int(given) < 1:
+        raise CatsparseError(f"--batch-size must be auto or a number from 1 on, not {given[:40]!r}")
+    return int(given)
+
+
+def _perplexity(
+    model: str,
+    loaded: Any,
+    tokenizer: Any,
+    source: tuple[str | None, str, int, int],
+    batch_size: int | None,
+    json: bool,
+) -> None:
     from ..evaluate import evaluate as evaluate_model
     from ..evaluate import perplexity
+    from ..judge import while_it_fits
     from ..modules import sparse_modules
     from ..surgery import state_of
 
-    loaded, tokenizer = load(model, device, dtype)
+    data, column, tokens, seq_len = source
     windows, data_name = token_windows(data, "heldout", tokenizer, tokens, seq_len, None, column)
+    size = batch_size or max(1, _BATCH_TOKENS // seq_len)
     if not sparse_modules(loaded):
-        dense = perplexity(loaded, windows, batch_size)
+        dense = while_it_fits(size, lambda size: perplexity(loaded, windows, size))
         result: dict[str, Any] = {
             "model": model,
             "data": data_name,
@@ -59,7 +133,7 @@ def evaluate(
                 f"{result['tokens']:,} tokens of {data_name}"
             )
         return
-    e = evaluate_model(loaded, windows, batch_size)
+    e = while_it_fits(size, lambda size: evaluate_model(loaded, windows, size))
     config = state_of(loaded).config
     result = {
         "model": model,
@@ -68,6 +142,7 @@ def evaluate(
         "method": config.method,
         "compensate": config.compensate,
         "preview": config.preview,
+        "prefill": "masked",
         "perplexity": e.perplexity.value,
         "perplexity_se": e.perplexity.standard_error,
         "dense_perplexity": e.dense_perplexity.value,
@@ -107,3 +182,61 @@ def evaluate(
     of = f"; a {config.preview}-bit preview of the {config.decided_on} decides"
     by_preview = of if config.preview else ""
     out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded{by_preview}")
+
+
+def _print_tasks(rows: list[TaskRow]) -> None:
+    dense = [row for row in rows if row.variant == "dense"]
+    sparse = {row.task: row for row in rows if row.variant == "sparse"}
+    table = Table("task", "n", "dense")
+    if sparse:
+        for title in ("sparse", "difference", "skipped"):
+            table.add_column(title)
+    for row in dense:
+        name = row.task if row.metric == "acc" else f"{row.task} ({row.metric})"
+        share = _is_share(row)
+        cells = [name, str(row.n), _with_error(row.value, row.stderr, share)]
+        if (other := sparse.get(row.task)) is not None:
+            cells += [
+                _with_error(other.value, other.stderr, share),
+                _with_error(other.difference or 0.0, other.difference_stderr, share, "+.2f"),
+                f"{other.bytes_skipped:.1%}",
+            ]
+        table.add_row(*cells)
+    if len(dense) > 1 and all(map(_is_share, dense)):
+        others = list(sparse.values())
+        cells = ["average", "", _average([(r.value, r.stderr) for r in dense])]
+        if others:
+            cells.append(_average([(r.value, r.stderr) for r in others]))
+            changes = [(r.difference or 0.0, r.difference_stderr) for r in others]
+            cells.append(_average(changes, "+.2f"))
+        table.add_section()
+        table.add_row(*cells)
+    out.print(table)
+    notes = ["accuracy in %"] if any(map(_is_share, dense)) else []
+    if sparse:
+        shares = [row.sparsity for row in sparse.values()]
+        notes.append("skipped: of the MLPs' weight bytes")
+        notes.append(f"{min(shares):.1%} to {max(shares):.1%} of neurons dropped")
+        notes.append("prefill policy masked: every token thresholded")
+    if truncated := sum(row.truncated for row in dense):
+        notes.append(f"{truncated:,} texts lost their beginning to the context window")
+    if notes:
+        out.print("; ".join(notes))
+
+
+def _is_share(row: TaskRow) -> bool:
+    return row.metric.startswith(("acc", "exact_match"))
+
+
+def _average(values: list[tuple[float, float | None]], form: str = ".1f") -> str:
+    errors = [error for _, error in values if error is not None]
+    known = len(errors) == len(values)
+    error = math.hypot(*errors) / len(values) if known else None
+    return _with_error(sum(value for value, _ in values) / len(values), error, True, form)
+
+
+def _with_error(value: float, error: float | None, share: bool, form: str = ".1f") -> str:
+    """A share in percent."""
+    scale = 100 if share else 1
+    shown = f"{scale * value:{form}}"
+    return shown if error is None else f"{shown} ± {scale * error:{form.lstrip('+')}}"
