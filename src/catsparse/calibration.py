@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .config import (
 from .errors import CatsparseError
 from .methods import SiteThreshold, site_threshold
 from .products import ProductStatistics
+from .sensitivities import Sensitivities, read_sensitivities
 from .sites import Site
 from .statistics import BINS, BUCKETS, SiteStatistics
 
@@ -69,6 +70,7 @@ class Calibration:
         preview: bits of the gate preview whose activations were counted; None for the gate's own.
         products_at: the decision of the gate that ``products`` were gathered behind, or None.
         products: by site, what a second decision needs; empty without ``products_at``.
+        sensitivities: what the sparsity of each site alone costs, if it was measured.
     """
 
     sites: dict[str, Site]
@@ -77,10 +79,11 @@ class Calibration:
     preview: int | None = None
     products_at: GateDecision | None = None
     products: dict[str, ProductStatistics] = field(default_factory=dict)
+    sensitivities: Sensitivities | None = None
 
     def thresholds(
         self,
-        sparsity: float,
+        sparsity: float | Mapping[str, float],
         method: str = DEFAULT_METHOD,
         compensate: bool = True,
         down_sparsity: float | None = None,
@@ -88,22 +91,27 @@ class Calibration:
         """Thresholds and means for each site, without touching the model.
 
         Args:
-            sparsity: fraction of neurons that the gate drops.
+            sparsity: fraction of neurons that the gate drops, or one for each site by name.
             method: ``cats``, ``chess`` or ``energy``.
             compensate: whether to give means.
             down_sparsity: fraction of W_down's rows not read, at least ``sparsity``: a second
-                decision, from products gathered at this very sparsity and method. None for none.
+                decision, from products gathered at this very sparsity (the same at every site) and
+                method. None for none.
 
         Raises:
-            CatsparseError: a sparsity is out of range, the method unknown, or there are no such
-                products.
+            CatsparseError: a sparsity is out of range or missing, the method unknown, or there are
+                no such products.
         """
-        check_sparsity(sparsity)
+        wanted = self._by_site(sparsity)
         if down_sparsity is None:
             return {
-                name: site_threshold(statistics, method, sparsity, compensate)
+                name: site_threshold(statistics, method, wanted[name], compensate)
                 for name, statistics in self.statistics.items()
             }
+        if isinstance(sparsity, Mapping):
+            raise CatsparseError(
+                "down_sparsity needs products gathered at one sparsity; give the same for all sites"
+            )
         check_down_sparsity(down_sparsity, sparsity)
         if self.products_at != GateDecision(sparsity, method):
             there = self.products_at
@@ -119,9 +127,23 @@ class Calibration:
             for name, statistics in self.statistics.items()
         }
 
+    def _by_site(self, sparsity: float | Mapping[str, float]) -> Mapping[str, float]:
+        if not isinstance(sparsity, Mapping):
+            check_sparsity(sparsity)
+            return dict.fromkeys(self.sites, sparsity)
+        if odd := sorted(sparsity.keys() ^ self.sites.keys()):
+            raise CatsparseError(
+                "sparsity by site must name the calibration's sites, each once; "
+                f"{shorten(odd[0])} is {'not one' if odd[0] in sparsity else 'missing'}"
+            )
+        for value in sparsity.values():
+            check_sparsity(value)
+        return sparsity
+
     def __add__(self, other: Calibration) -> Calibration:
         """As if both runs' tokens had been seen in one; sites, preview and what the products were
-        gathered behind must be the same. (Each run's products are behind its own thresholds.)"""
+        gathered behind must be the same. (Each run's products are behind its own thresholds.) The
+        sum has no sensitivities: its thresholds are others."""
         if self.sites != other.sites:
             raise CatsparseError("calibrations of different models cannot be added")
         if (self.preview, self.products_at) != (other.preview, other.products_at):
@@ -140,6 +162,7 @@ class Calibration:
             statistics=merged,
             provenance=provenance,
             products=products,
+            sensitivities=None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,16 +172,17 @@ class Calibration:
             for name, statistics in self.statistics.items()
             for field in _FIELDS
         }
-        return tensors | {
+        tensors |= {
             f"{name}.{_product_key(field)}": getattr(products, field)
             for name, products in self.products.items()
             for field in _PRODUCT_FIELDS
         }
+        return tensors | (self.sensitivities.tensors() if self.sensitivities else {})
 
     def metadata(self) -> dict[str, str]:
         """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON, and
-        preview and products_at where there are any."""
-        extra: dict[str, str] = {}
+        preview, products_at and sensitivities where there are any."""
+        extra: dict[str, str] = self.sensitivities.metadata() if self.sensitivities else {}
         if self.preview is not None:
             extra["catsparse.preview"] = json.dumps(self.preview)
         if self.products_at is not None:
@@ -204,6 +228,8 @@ class Calibration:
                     for site in sites
                     if products_at is not None
                 }
+                names = list(statistics)
+                sensitivities = read_sensitivities(metadata, file.get_tensor, names, preview)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CatsparseError(
                 f"{path} is not a readable calibration ({shorten(error, 300)}); calibrate again"
@@ -211,7 +237,7 @@ class Calibration:
         if not sites:
             raise CatsparseError(f"{path} holds no site; calibrate again")
         found = {site.name: site for site in sites}
-        return cls(found, statistics, provenance, preview, products_at, products)
+        return cls(found, statistics, provenance, preview, products_at, products, sensitivities)
 
 
 def _product_key(field: str) -> str:

@@ -23,6 +23,7 @@ CALIBRATION_NAME = "calibration.safetensors"
 FORMAT_VERSION = 2
 METHODS = ("cats", "chess", "energy")
 DEFAULT_METHOD = "energy"
+ALLOCATIONS = ("uniform", "greedy", "optimal")
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)

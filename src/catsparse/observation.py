@@ -60,6 +60,7 @@ def calibrate(
     preview: int | None = None,
     products_at: float | None = None,
     method: str = DEFAULT_METHOD,
+    keep_checkpoint: bool = False,
 ) -> Calibration:
     """Run ``model`` over calibration tokens and count its gated MLPs' activations.
 
@@ -81,6 +82,8 @@ def calibrate(
             gate keeps at this sparsity, what a second decision needs (``down_sparsity`` in
             :func:`catsparse.sparsify`).
         method: by which the gate decides in that pass.
+        keep_checkpoint: leave the file, complete, for the caller to remove: if what follows is
+            interrupted, the same call then only reads it.
 
     Raises:
         CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
@@ -119,7 +122,7 @@ def calibrate(
         if products_at is not None:
             run.begin_products(GateDecision(products_at, method))
             read("gathering products")
-    return run.finish()
+    return run.finish(keep_checkpoint)
 
 
 def require_sites(model: nn.Module) -> list[Site]:
@@ -236,7 +239,7 @@ class _Run:
         products = {name: p.to("cpu") for name, p in self.products.items()}
         return Calibration(sites, counted, provenance, self.preview, self.products_at, products)
 
-    def finish(self) -> Calibration:
+    def finish(self, keep_checkpoint: bool) -> Calibration:
         if self._skipping:
             raise self._other_run()
         result = self._checked()
@@ -245,7 +248,9 @@ class _Run:
                 f"the data gave {self.first_pass} tokens at first and "
                 f"{self.seen - self.first_pass} when read again; give a list of batches"
             )
-        if self.checkpoint:
+        if self.checkpoint and keep_checkpoint:
+            self.save()
+        elif self.checkpoint:
             self.checkpoint.unlink(missing_ok=True)
         return result
 
