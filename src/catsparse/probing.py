@@ -41,6 +41,7 @@ def measure_sensitivities(
     windows: Tensor,
     method: str = DEFAULT_METHOD,
     compensate: bool = True,
+    *,
     sparsities: tuple[float, ...] = GRID,
     batch_size: int = 1,
     checkpoint: str | Path | None = None,

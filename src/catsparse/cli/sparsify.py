@@ -220,7 +220,8 @@ def sparsify(
     spread = f" ({min(shares):.1%} to {max(shares):.1%} by MLP)" if allocation != "uniform" else ""
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
-        f"dropped{spread}{by_preview}, {'' if unread is None else f'{unread:.1%} of down rows unread, '}"
+        f"dropped{spread}{by_preview}, "
+        f"{'' if unread is None else f'{unread:.1%} of down rows unread, '}"
         f"{config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
     )
