@@ -16,7 +16,7 @@ from torch import Tensor
 
 import catsparse
 import tiny
-from catsparse import Calibration, CatsparseError
+from catsparse import Calibration, CatsparseError, Sensitivities, allocate
 from catsparse.calibration import GateDecision
 from catsparse.config import METHODS
 from catsparse.methods import product_threshold, site_threshold
@@ -81,6 +81,35 @@ def test_unknown_method(calibration: Calibration) -> None:
         calibration.thresholds(0.5, "topk")
 
 
+def test_sparsity_by_site(calibration: Calibration) -> None:
+    wanted = dict(zip(calibration.sites, (0.2, 0.7), strict=True))
+    for name, t in calibration.thresholds(wanted, "cats").items():
+        alone = site_threshold(calibration.statistics[name], "cats", wanted[name], True)
+        assert torch.equal(t.threshold, alone.threshold)
+        assert t.sparsity == pytest.approx(wanted[name], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({SITE: 1.0}, "below 1"),
+        ({SITE: float("nan")}, "sparsity must be"),
+        ({"other": 0.5}, "other is not one"),
+        ({SITE: None}, f"{SITE} is missing"),
+    ],
+)
+def test_bad_sparsity_by_site(calibration: Calibration, change: Any, says: str) -> None:
+    wanted = dict.fromkeys(calibration.sites, 0.5) | change
+    wanted = {name: s for name, s in wanted.items() if s is not None}
+    with pytest.raises(CatsparseError, match=says):
+        calibration.thresholds(wanted)
+
+
+def test_sparsity_by_site_with_a_second_decision(calibration: Calibration) -> None:
+    with pytest.raises(CatsparseError, match="one sparsity; give the same for all sites"):
+        calibration.thresholds(dict.fromkeys(calibration.sites, 0.5), down_sparsity=0.6)
+
+
 def test_addition(calibration: Calibration) -> None:
     doubled = calibration + calibration
     assert doubled.provenance.tokens == 2 * calibration.provenance.tokens
@@ -104,6 +133,51 @@ def test_addition_of_different_models(calibration: Calibration) -> None:
     sites[SITE] = replace(sites[SITE], act="relu")
     with pytest.raises(CatsparseError, match="different models"):
         calibration + replace(calibration, sites=sites)
+
+
+def with_sensitivities(calibration: Calibration) -> Calibration:
+    losses = {n: torch.tensor([0.1, 0.3 + i]).double() for i, n in enumerate(calibration.sites)}
+    table = Sensitivities("energy", True, calibration.preview, 64, (0.5, 0.9), losses)
+    return replace(calibration, sensitivities=table)
+
+
+def test_sensitivities_survive_the_file(calibration: Calibration, tmp_path: Path) -> None:
+    measured = with_sensitivities(calibration)
+    measured.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert_equal(loaded, measured)
+    assert loaded.sensitivities is not None
+    assert loaded.sensitivities.sparsities == (0.5, 0.9)
+    assert allocate(loaded, 0.4) == allocate(measured, 0.4)
+    calibration.save(tmp_path / "file")
+    assert Calibration.load(tmp_path / "file").sensitivities is None
+
+
+def test_a_sum_has_no_sensitivities(calibration: Calibration) -> None:
+    assert (with_sensitivities(calibration) + with_sensitivities(calibration)).sensitivities is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.empty(0),
+        torch.zeros(2),
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([0.1, float("nan")], dtype=torch.float64),
+        torch.tensor([-0.1, 0.1], dtype=torch.float64),
+    ],
+    ids=["missing", "float32", "longer", "nan", "negative"],
+)
+def test_damaged_sensitivities(calibration: Calibration, tmp_path: Path, value: Tensor) -> None:
+    measured = with_sensitivities(calibration)
+    path = written(tmp_path / "file", measured, {f"{SITE}.sensitivity": value}, {})
+    assert "sensitivit" in refusal(path)
+
+
+def test_damaged_header_of_sensitivities(calibration: Calibration, tmp_path: Path) -> None:
+    measured = with_sensitivities(calibration)
+    path = written(tmp_path / "file", measured, {}, {"catsparse.sensitivities": "[1]"})
+    assert "sensitivities" in refusal(path)
 
 
 def test_failed_save_leaves_the_old_file(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from catsparse import cli
+from catsparse import Calibration, cli
 from catsparse.cli.common import summarize_paths
 from catsparse.kernels import Backend
 from catsparse.surgery import model_paths
@@ -242,6 +243,18 @@ def test_plot_writes_png_and_svg(
         (["generate", "-p", "x", "--compare"], "dense"),
         (["generate", "-p", "x", "--temperature", "0"], "temperature"),
         (["generate", "-p", ""], "prompt"),
+        (["sparsify", "-o", "OUT", "--sparsity", "0.5", "--bytes-skipped", "0.3"], "not both"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "0.7"], "below 0.667"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "-0.1"], "0.000 to"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "nan"], "0.000 to"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "0.66", "--allocation", "greedy"], "0.647"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "0.95", "--preview", "4"], "4-bit preview"),
+        (["sparsify", "-o", "OUT", "--allocation", "optimal"], "needs bytes_skipped"),
+        (["sparsify", "-o", "OUT", "--bytes-skipped", "0.3", "--allocation", "best"], "greedy"),
+        (
+            ["sparsify", "-o", "OUT", "--bytes-skipped", "0.3", "--down-sparsity", "0.7"],
+            "second decision",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(
@@ -304,6 +317,148 @@ def test_interrupt_keeps_the_calibration_and_goes_on(
     assert code == 0
     assert json.loads(text)["calibration_tokens"] == 4096
     assert not partial.exists()
+
+
+@pytest.fixture(scope="module")
+def short_probes() -> Iterator[None]:
+    """Two sparsities on one window: the measurement in a second."""
+    from catsparse import probing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "GRID", (0.5, 0.9))
+        patch.setattr(probing, "TOKENS", 256)
+        # The signature has taken its default before.
+        defaults = {**probing.measure_sensitivities.__kwdefaults__, "sparsities": (0.5, 0.9)}
+        patch.setattr(probing.measure_sensitivities, "__kwdefaults__", defaults)
+        yield
+
+
+BUDGET = ["--bytes-skipped", "0.4", "--allocation", "optimal"]
+
+
+@pytest.fixture(scope="module")
+def allocated(short_probes: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "allocated"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["catsparse", "sparsify", "-o", str(directory), *SMALL, *BUDGET])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 0
+    return directory
+
+
+def test_allocation_of_a_budget(
+    allocated: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {path.name for path in allocated.iterdir()}
+    assert names == {"catsparse.json", "calibration.safetensors", "README.md"}
+    code, text, _ = run(capsys, "info", allocated, "--json")
+    result = json.loads(text)
+    assert code == 0
+    assert result["bytes_skipped"] == pytest.approx(0.4, abs=0.005)
+    assert result["sparsity"] == pytest.approx(0.6, abs=1e-6)
+    # The windows held out come on top: the calibration is what it would be without them.
+    assert result["calibration"]["tokens"] == 4096
+    shares = [site["sparsity"] for site in result["sites"].values()]
+    assert max(shares) > min(shares) + 0.05
+    one, two = (Calibration.load(d / "calibration.safetensors") for d in (artifact, allocated))
+    for name, statistics in one.statistics.items():
+        assert torch.equal(statistics.histogram, two.statistics[name].histogram)
+
+
+def test_another_budget_needs_no_model_pass(
+    allocated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("catsparse.probing.measure_sensitivities", None)
+    found = {}
+    for allocation in ("uniform", "greedy", "optimal"):
+        code, text, _ = run(
+            capsys, "sparsify", allocated, "-o", tmp_path / allocation, "--bytes-skipped", 0.3,
+            "--allocation", allocation, "--json",
+        )  # fmt: skip
+        assert code == 0
+        found[allocation] = json.loads(text)
+        assert found[allocation]["allocation"] == allocation
+        assert found[allocation]["bytes_skipped"] == pytest.approx(0.3, abs=0.005)
+    shares = list(found["uniform"]["sites"].values())
+    assert max(shares) < min(shares) + 0.02
+    # What was written takes a budget again; and says what its layers are.
+    code, text, _ = run(
+        capsys, "sparsify", tmp_path / "uniform", "-o", tmp_path / "x", "--bytes-skipped", 0.3,
+        "--allocation", "optimal",
+    )  # fmt: skip
+    assert code == 0
+    assert "by MLP" in text
+
+
+@pytest.mark.parametrize("how", [["--method", "chess"], ["--no-compensate"]])
+def test_sensitivities_of_another_method_are_refused(
+    allocated: Path, tmp_path: Path, how: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(capsys, "sparsify", allocated, "-o", tmp_path / "x", *BUDGET, *how)
+    assert code == 2
+    assert "sensitivities were measured with energy, compensated" in error
+    assert error.count("\n") == 1
+
+
+def test_artifact_without_sensitivities(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(capsys, "sparsify", artifact, "-o", tmp_path / "x", *BUDGET)
+    assert code == 2
+    assert "was not calibrated with sensitivities" in error
+    args = ["sparsify", artifact, "-o", tmp_path / "x", "--bytes-skipped", 0.4]
+    assert run(capsys, *args)[0] == 0
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_interrupted_measurement_goes_on(
+    allocated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from catsparse import observation, probing
+
+    monkeypatch.setattr(probing, "_SAVE_SECONDS", -1.0)
+    divergence, calls = probing.divergence, []
+
+    def interrupted(*logits: Any) -> float:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return divergence(*logits)
+
+    args = ["sparsify", "-o", tmp_path, *SMALL, *BUDGET]
+    with monkeypatch.context() as patch:
+        patch.setattr(probing, "divergence", interrupted)
+        code, _, error = run(capsys, *args)
+    assert code == 130
+    assert "goes on" in error
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".calibration.partial.safetensors", ".sensitivities.partial.safetensors",
+    }  # fmt: skip
+
+    def counting(*logits: Any) -> float:
+        calls.append(1)
+        return divergence(*logits)
+
+    # Nothing is calibrated again: the statistics count no further token.
+    monkeypatch.setattr(observation._Run, "count", None)
+    monkeypatch.setattr(probing, "divergence", counting)
+    assert run(capsys, *args)[0] == 0
+    assert len(calls) == 7 * 2
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in allocated.iterdir()}
+    again, whole = (
+        Calibration.load(d / "calibration.safetensors").sensitivities for d in (tmp_path, allocated)
+    )
+    assert again is not None
+    assert whole is not None
+    for name, losses in whole.losses.items():
+        assert torch.equal(again.losses[name], losses)
 
 
 def test_options_without_effect_are_refused(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_calibration_comes_back(
     catsparse.sparsify(loaded, again, 0.8)
     fresh = catsparse.sparsify(hub.load_dense_model(str(base)), calibration, 0.8)
     assert same_logits(loaded, fresh)
+
+
+def test_sensitivities_come_back(
+    base: Path, calibration: catsparse.Calibration, tmp_path: Path
+) -> None:
+    """From the artifact any budget is solved again, and its layers stay apart."""
+    rows = ([0.1, 0.5], [1.0, 5.0])
+    losses = {n: torch.tensor(r).double() for n, r in zip(calibration.sites, rows, strict=True)}
+    table = catsparse.Sensitivities("energy", True, None, 64, (0.5, 0.9), losses)
+    measured = replace(calibration, sensitivities=table)
+    model = hub.load_dense_model(str(base))
+    catsparse.sparsify(model, measured, bytes_skipped=0.4, allocation="optimal")
+    catsparse.save(model, tmp_path)
+    loaded = catsparse.load(tmp_path)
+    assert same_logits(loaded, model)
+    again = loaded.catsparse.calibration
+    for budget in (0.1, 0.4, 0.55):
+        assert catsparse.allocate(again, budget) == catsparse.allocate(measured, budget)
+    first, second = loaded.catsparse.config.sites.values()
+    assert first.sparsity > second.sparsity + 0.1
 
 
 def test_save_again_over_itself(base: Path, calibration: catsparse.Calibration, tmp_path: Path):

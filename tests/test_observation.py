@@ -470,6 +470,18 @@ def test_interrupted_run_goes_on(
     assert os.listdir(tmp_path) == []
 
 
+def test_kept_checkpoint_holds_the_whole_run(
+    llama: Any, batches: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    expected = quiet(llama, batches, checkpoint=path, keep_checkpoint=True)
+    assert path.exists()
+    calls = counted(llama)
+    assert_equal(quiet(llama, batches, checkpoint=path), expected)
+    assert len(calls) == 0
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.usefixtures("every_batch")
 def test_interrupted_twice(llama: Any, batches: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"

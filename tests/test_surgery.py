@@ -96,6 +96,43 @@ def test_measured_sparsity_weighs_sites_by_neurons(llama: Any, calibration: Cali
     assert config.bytes_skipped == pytest.approx(2 / 3 * sum(shares) / 2)
 
 
+def with_sensitivities(calibration: Calibration) -> Calibration:
+    """Made up: the second MLP costs ten times what the first does."""
+    rows = ([0.1, 0.5], [1.0, 5.0])
+    losses = {n: torch.tensor(r).double() for n, r in zip(calibration.sites, rows, strict=True)}
+    table = catsparse.Sensitivities("energy", True, None, 64, (0.5, 0.9), losses)
+    return replace(calibration, sensitivities=table)
+
+
+def test_sparsity_by_layer(llama: Any, calibration: Calibration) -> None:
+    wanted = dict(zip(SITES, (0.2, 0.7), strict=True))
+    state = state_of(sparsify(llama, calibration, wanted))
+    assert [s.sparsity for s in state.config.sites.values()] == pytest.approx([0.2, 0.7], abs=0.01)
+    assert state.config.sparsity == pytest.approx(0.45)  # over all neurons
+    assert state.config.measured_sparsity == pytest.approx(0.45, abs=0.01)
+    for name, s in wanted.items():
+        mlp = llama.get_submodule(name)
+        alone = calibration.thresholds(s)[name]
+        assert torch.equal(mlp.catsparse_threshold, alone.threshold)
+        assert torch.equal(mlp.catsparse_mean, alone.mean)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "greedy", "optimal"])
+def test_bytes_skipped_is_a_budget(llama: Any, calibration: Calibration, allocation: str) -> None:
+    calibration = with_sensitivities(calibration)
+    sparsify(llama, calibration, bytes_skipped=0.4, allocation=allocation)
+    config = state_of(llama).config
+    assert config.bytes_skipped == pytest.approx(0.4, abs=0.005)
+    assert config.sparsity == pytest.approx(0.6)
+    one, two = (site.sparsity for site in config.sites.values())
+    assert one - two > 0.1 if allocation != "uniform" else abs(one - two) < 0.01
+    assert SparsityConfig.from_json(config.to_json()) == config
+
+
+def test_half_is_dropped_where_nothing_is_said(llama: Any, calibration: Calibration) -> None:
+    assert state_of(sparsify(llama, calibration)).config.sparsity == 0.5
+
+
 def test_sparsify_twice_is_refused(sparse_llama: Any, calibration: Calibration) -> None:
     state = state_of(sparse_llama)
     with pytest.raises(CatsparseError, match=r"already sparse.*densify") as caught:
@@ -112,11 +149,20 @@ def test_sparsify_twice_is_refused(sparse_llama: Any, calibration: Calibration) 
         ({"sparsity": float("nan")}, "sparsity"),
         ({"method": "topk"}, "cats, chess"),
         ({"prefill": "sparse"}, "masked, dense"),
+        ({"sparsity": {SITES[0]: 0.5}}, f"{SITES[1]} is missing"),
+        ({"sparsity": 0.5, "bytes_skipped": 0.3}, "not both"),
+        ({"bytes_skipped": 0.7}, "it can be"),
+        ({"bytes_skipped": 0.3, "down_sparsity": 0.6}, "second decision"),
+        ({"bytes_skipped": 0.3, "allocation": "best"}, "uniform, greedy, optimal"),
+        ({"bytes_skipped": 0.3, "allocation": "greedy", "method": "cats"}, "not with cats"),
+        ({"allocation": "optimal"}, "needs bytes_skipped"),
+        ({"sparsity": 0.5, "allocation": "optimal"}, "needs bytes_skipped"),
     ],
 )
 def test_bad_argument_changes_nothing(
     llama: Any, calibration: Calibration, options: dict[str, Any], says: str
 ) -> None:
+    calibration = with_sensitivities(calibration)
     with pytest.raises(CatsparseError, match=says) as caught:
         sparsify(llama, calibration, **options)
     one_line(caught)

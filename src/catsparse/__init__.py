@@ -7,6 +7,7 @@ Importing also lets transformers restore merged directories (``quant_method: cat
 from . import hub as hub
 from . import quantizer
 from ._version import __version__
+from .allocation import allocate
 from .calibration import Calibration
 from .config import SparsityConfig
 from .decoding import generate
@@ -14,6 +15,8 @@ from .errors import CatsparseError
 from .hub import load, save
 from .meter import achieved_sparsity
 from .observation import calibrate
+from .probing import measure_sensitivities
+from .sensitivities import Sensitivities
 from .surgery import densify, explain, set_backend, sparsify
 
 quantizer.register_with_transformers()
@@ -21,14 +24,17 @@ quantizer.register_with_transformers()
 __all__ = [
     "Calibration",
     "CatsparseError",
+    "Sensitivities",
     "SparsityConfig",
     "__version__",
     "achieved_sparsity",
+    "allocate",
     "calibrate",
     "densify",
     "explain",
     "generate",
     "load",
+    "measure_sensitivities",
     "save",
     "set_backend",
     "sparsify",

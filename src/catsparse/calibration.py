@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .config import (
 from .errors import CatsparseError
 from .methods import SiteThreshold, product_threshold, site_threshold
 from .products import ProductStatistics
+from .sensitivities import Sensitivities, read_sensitivities
 from .sites import Site
 from .statistics import BINS, BUCKETS, SiteStatistics
 
@@ -74,6 +75,7 @@ class Calibration:
             without a preview.
         products_at: the decision of the gate that ``products`` were gathered behind, or None.
         products: by site, what a second decision needs; empty without ``products_at``.
+        sensitivities: what the sparsity of each site alone costs, if it was measured.
     """
 
     sites: dict[str, Site]
@@ -83,6 +85,7 @@ class Calibration:
     products_at: GateDecision | None = None
     products: dict[str, ProductStatistics] = field(default_factory=dict)
     foretold: dict[str, ProductStatistics] = field(default_factory=dict)
+    sensitivities: Sensitivities | None = None
 
     def default_method(self, down_sparsity: float | None = None) -> str:
         """``product`` if a preview was calibrated and no second decision is wanted, else
@@ -91,7 +94,7 @@ class Calibration:
 
     def thresholds(
         self,
-        sparsity: float,
+        sparsity: float | Mapping[str, float],
         method: str | None = None,
         compensate: bool = True,
         down_sparsity: float | None = None,
@@ -99,18 +102,20 @@ class Calibration:
         """Thresholds and means for each site, without touching the model.
 
         Args:
-            sparsity: fraction of neurons that the (first) decision drops.
+            sparsity: fraction of neurons that the (first) decision drops, or one for each site by
+                name.
             method: ``cats``, ``chess``, ``energy``, or ``product``, which needs a preview; None for
                 :meth:`default_method`.
             compensate: whether to give means.
             down_sparsity: fraction of W_down's rows not read, at least ``sparsity``: a second
-                decision, from products gathered at this very sparsity and method. None for none.
+                decision, from products gathered at this very sparsity (the same at every site) and
+                method. None for none.
 
         Raises:
-            CatsparseError: a sparsity is out of range, the method unknown, or the calibration has
-                not what it or ``down_sparsity`` needs.
+            CatsparseError: a sparsity is out of range or missing, the method unknown, or the
+                calibration has not what it or ``down_sparsity`` needs.
         """
-        check_sparsity(sparsity)
+        wanted = self._by_site(sparsity)
         method = self.default_method(down_sparsity) if method is None else method
         check_method(method, self.preview, down_sparsity)
         if method == PRODUCT:
@@ -120,14 +125,18 @@ class Calibration:
                     f"with preview={self.preview}"
                 )
             return {
-                name: product_threshold(foretold, sparsity, compensate)
+                name: product_threshold(foretold, wanted[name], compensate)
                 for name, foretold in self.foretold.items()
             }
         if down_sparsity is None:
             return {
-                name: site_threshold(statistics, method, sparsity, compensate)
+                name: site_threshold(statistics, method, wanted[name], compensate)
                 for name, statistics in self.statistics.items()
             }
+        if isinstance(sparsity, Mapping):
+            raise CatsparseError(
+                "down_sparsity needs products gathered at one sparsity; give the same for all sites"
+            )
         check_down_sparsity(down_sparsity, sparsity)
         if self.products_at != GateDecision(sparsity, method):
             there = self.products_at
@@ -143,9 +152,23 @@ class Calibration:
             for name, statistics in self.statistics.items()
         }
 
+    def _by_site(self, sparsity: float | Mapping[str, float]) -> Mapping[str, float]:
+        if not isinstance(sparsity, Mapping):
+            check_sparsity(sparsity)
+            return dict.fromkeys(self.sites, sparsity)
+        if odd := sorted(sparsity.keys() ^ self.sites.keys()):
+            raise CatsparseError(
+                "sparsity by site must name the calibration's sites, each once; "
+                f"{shorten(odd[0])} is {'not one' if odd[0] in sparsity else 'missing'}"
+            )
+        for value in sparsity.values():
+            check_sparsity(value)
+        return sparsity
+
     def __add__(self, other: Calibration) -> Calibration:
         """As if both runs' tokens had been seen in one; sites, preview and what the products were
-        gathered behind must be the same. (Each run's products are behind its own thresholds.)"""
+        gathered behind must be the same. (Each run's products are behind its own thresholds.) The
+        sum has no sensitivities: its thresholds are others."""
         if self.sites != other.sites:
             raise CatsparseError("calibrations of different models cannot be added")
         first, second = (
@@ -169,6 +192,7 @@ class Calibration:
             provenance=provenance,
             products=products,
             foretold=foretold,
+            sensitivities=None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -184,12 +208,12 @@ class Calibration:
                 for name, products in by_site.items()
                 for field in _PRODUCT_FIELDS
             }
-        return tensors
+        return tensors | (self.sensitivities.tensors() if self.sensitivities else {})
 
     def metadata(self) -> dict[str, str]:
         """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON, and
-        preview, foretold and products_at where there are any."""
-        extra: dict[str, str] = {}
+        preview, foretold, products_at and sensitivities where there are any."""
+        extra: dict[str, str] = self.sensitivities.metadata() if self.sensitivities else {}
         if self.preview is not None:
             extra["catsparse.preview"] = json.dumps(self.preview)
         if self.foretold:
@@ -244,6 +268,8 @@ class Calibration:
                         ("foretold", foretells),
                     )
                 )
+                names = list(statistics)
+                sensitivities = read_sensitivities(metadata, file.get_tensor, names, preview)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CatsparseError(
                 f"{path} is not a readable calibration ({shorten(error, 300)}); calibrate again"
@@ -251,7 +277,8 @@ class Calibration:
         if not sites:
             raise CatsparseError(f"{path} holds no site; calibrate again")
         found = {site.name: site for site in sites}
-        return cls(found, statistics, provenance, preview, products_at, products, foretold)
+        parts = (preview, products_at, products, foretold, sensitivities)
+        return cls(found, statistics, provenance, *parts)
 
 
 def _product_key(kind: str, field: str) -> str:

@@ -26,6 +26,7 @@ GATE_METHODS = ("cats", "chess", "energy")
 PRODUCT = "product"
 METHODS = (*GATE_METHODS, PRODUCT)
 DEFAULT_METHOD = "energy"  # of the gate's; with a preview it is PRODUCT
+ALLOCATIONS = ("uniform", "greedy", "optimal")
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)

@@ -61,6 +61,7 @@ def calibrate(
     preview: int | None = None,
     products_at: float | None = None,
     method: str = DEFAULT_METHOD,
+    keep_checkpoint: bool = False,
 ) -> Calibration:
     """Run ``model`` over calibration tokens and count its gated MLPs' activations.
 
@@ -83,6 +84,8 @@ def calibrate(
             gate keeps at this sparsity, what a second decision needs (``down_sparsity`` in
             :func:`catsparse.sparsify`).
         method: by which the gate decides in that pass: ``cats``, ``chess`` or ``energy``.
+        keep_checkpoint: leave the file, complete, for the caller to remove: if what follows is
+            interrupted, the same call then only reads it.
 
     Raises:
         CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
@@ -121,7 +124,7 @@ def calibrate(
         if products_at is not None:
             run.begin_products(GateDecision(products_at, method))
             read("gathering products")
-    return run.finish()
+    return run.finish(keep_checkpoint)
 
 
 def require_sites(model: nn.Module) -> list[Site]:
@@ -252,7 +255,7 @@ class _Run:
         decision = self.products_at
         return Calibration(sites, counted, provenance, self.preview, decision, products, foretold)
 
-    def finish(self) -> Calibration:
+    def finish(self, keep_checkpoint: bool) -> Calibration:
         if self._skipping:
             raise self._other_run()
         result = self._checked()
@@ -261,7 +264,9 @@ class _Run:
                 f"the data gave {self.first_pass} tokens at first and "
                 f"{self.seen - self.first_pass} when read again; give a list of batches"
             )
-        if self.checkpoint:
+        if self.checkpoint and keep_checkpoint:
+            self.save()
+        elif self.checkpoint:
             self.checkpoint.unlink(missing_ok=True)
         return result
 

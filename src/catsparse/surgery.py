@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ._version import __version__
+from .allocation import allocate, check_budget
 from .calibration import Calibration
 from .config import (
     PREFILL_POLICIES,
@@ -32,12 +33,14 @@ from .sites import Site, describe, find_sites
 def sparsify(
     model: Any,
     calibration_or_config: Calibration | SparsityConfig,
-    sparsity: float = 0.5,
+    sparsity: float | Mapping[str, float] | None = None,
     method: str | None = None,
     compensate: bool = True,
     prefill: str = "masked",
     down_sparsity: float | None = None,
     preview: int | None = None,
+    bytes_skipped: float | None = None,
+    allocation: str = "uniform",
 ) -> Any:
     """Make ``model`` activation-sparse in place and return it.
 
@@ -51,7 +54,9 @@ def sparsify(
         calibration_or_config: a :class:`Calibration`, or a :class:`SparsityConfig` of method
             ``cats`` without compensation and second decision, whose scalar thresholds are used as
             they are (the other arguments are then the config's own).
-        sparsity: fraction of neurons to drop, 0 <= sparsity < 1; 0 keeps the dense result.
+        sparsity: fraction of neurons to drop, 0 <= sparsity < 1, the same in every layer or one
+            for each by module name; 0 keeps the dense result. None for 0.5, or for what
+            ``bytes_skipped`` asks.
         method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron), which
             decide on the gate, or ``product`` (one a neuron), which decides on the product that a
             preview foretells and needs a calibration with one; see :mod:`catsparse.methods`. None
@@ -66,10 +71,15 @@ def sparsify(
             no second decision.
         preview: bits of the copy of W_gate, or of W_gate and W_up, that decides which neurons live;
             None for what was calibrated.
+        bytes_skipped: fraction of the MLPs' weight bytes that decode is not to read, instead of
+            ``sparsity``.
+        allocation: how ``bytes_skipped`` is spread over the layers: ``uniform``, or ``greedy`` or
+            ``optimal``, by measured sensitivities; see :func:`catsparse.allocate`.
 
     Raises:
-        CatsparseError: the model's gated MLPs are not those that were calibrated, or the
-            calibration has not what ``method``, ``down_sparsity`` or ``preview`` needs.
+        CatsparseError: the model's gated MLPs are not those that were calibrated, the calibration
+            has not what ``method``, ``down_sparsity``, ``preview`` or ``allocation`` needs, or
+            ``bytes_skipped`` cannot be reached or is given beside what decides it otherwise.
     """
     if isinstance(calibration_or_config, SparsityConfig):
         config = calibration_or_config
@@ -83,6 +93,11 @@ def sparsify(
             f"preview={preview}"
         )
     method = calibration.default_method(down_sparsity) if method is None else method
+    check_budget(sparsity, bytes_skipped, allocation, down_sparsity)
+    if bytes_skipped is not None:
+        sparsity = allocate(calibration, bytes_skipped, allocation, method, compensate)
+    elif sparsity is None:
+        sparsity = 0.5
     thresholds = calibration.thresholds(sparsity, method, compensate, down_sparsity)
     sites = {
         name: SiteConfig(
@@ -100,7 +115,7 @@ def sparsify(
         sites=sites,
         method=method,
         compensate=compensate,
-        sparsity=sparsity,
+        sparsity=_asked(sparsity, sites),
         measured_sparsity=_mean([(s.sparsity, s.intermediate_size) for s in sites.values()]),
         down_sparsity=down_sparsity,
         measured_down_sparsity=_mean(
@@ -353,6 +368,13 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
     """Of (share, neurons) by site; None if there are none."""
     neurons = sum(size for _, size in weighted)
     return sum(share * size for share, size in weighted) / neurons if neurons else None
+
+
+def _asked(sparsity: float | Mapping[str, float], sites: dict[str, SiteConfig]) -> float:
+    """The sparsity asked for over all neurons."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity
+    return _mean([(sparsity[name], site.intermediate_size) for name, site in sites.items()]) or 0.0
 
 
 def _state_owner(model: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..config import (
+    ALLOCATIONS,
     DEFAULT_METHOD,
     METHODS,
     PREFILL_POLICIES,
@@ -44,7 +45,24 @@ def sparsify(
     context: typer.Context,
     model: Model = "default",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
-    sparsity: Annotated[float, typer.Option(help="Fraction of neurons to drop, 0 to 1.")] = 0.5,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of neurons to drop, 0 to 1.",
+            show_default="0.5, unless --bytes-skipped is given",
+        ),
+    ] = None,
+    bytes_skipped: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the MLPs' weight bytes not to read, instead of --sparsity."),
+    ] = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help=f"How --bytes-skipped is spread over layers: {', '.join(ALLOCATIONS)}; all but "
+            "the first measure every layer's sensitivity, which costs as much as 30 evaluations."
+        ),
+    ] = "uniform",
     method: Annotated[
         str | None,
         typer.Option(
@@ -87,21 +105,29 @@ def sparsify(
 
     Given a folder that was written before, take its calibration and only choose new thresholds.
     """
-    check_sparsity(sparsity)
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    check_choice("allocation", allocation, ALLOCATIONS)
     if method is not None:
         check_choice("method", method, METHODS)
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_preview(preview)
-    if down_sparsity is not None:
+    from ..allocation import Read, check_budget, check_reachable, item_size
+
+    check_budget(sparsity, bytes_skipped, allocation, down_sparsity)
+    sparsity = 0.5 if sparsity is None and bytes_skipped is None else sparsity
+    if down_sparsity is not None and sparsity is not None:
         check_down_sparsity(down_sparsity, sparsity)
     from .. import hub
     from ..calibration import Calibration, GateDecision
-    from ..observation import calibrate
+    from ..observation import calibrate, require_sites
+    from ..probing import GRID, TOKENS, measure_sensitivities, split_windows
     from ..sites import describe, find_sites
     from ..surgery import densify, state_of
     from ..surgery import sparsify as sparsify_model
 
     calibration: Calibration | None = None
+    probing = allocation != "uniform"
     if hub.is_artifact(model):
         refuse_options(
             context,
@@ -114,13 +140,15 @@ def sparsify(
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
         if method is not None:
             check_method(method, calibration.preview, down_sparsity)
-        wanted = GateDecision(sparsity, method or DEFAULT_METHOD)
+        wanted = None if sparsity is None else GateDecision(sparsity, method or DEFAULT_METHOD)
         if preview not in (None, calibration.preview):
             lacks = f"for a {preview}-bit preview"
         elif down_sparsity is not None and calibration.products_at != wanted:
-            lacks = f"for a second decision behind {wanted.method} at {sparsity:.1%}"
+            lacks = f"for a second decision behind {method or DEFAULT_METHOD} at {sparsity:.1%}"
         elif method == PRODUCT and not calibration.foretold:
             lacks = "for method product, which is newer"
+        elif probing and calibration.sensitivities is None:
+            lacks = f"with sensitivities, which the allocation {allocation} needs"
         else:
             lacks = ""
         if lacks:
@@ -133,9 +161,17 @@ def sparsify(
             check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
     if calibration is None:
+        if bytes_skipped is not None:  # refused now, not after the work
+            found = {site.name: site for site in require_sites(dense)}
+            products = preview is not None and method in (None, PRODUCT)
+            read = Read(preview, products, item_size(str(dense.dtype)))
+            check_reachable(found, read, bytes_skipped, GRID[-1] if probing else 1.0)
+        more = max(1, TOKENS // seq_len) * seq_len if probing else 0
         windows, data_name = token_windows(
-            data, "calibration", tokenizer, tokens, seq_len, seed, column
+            data, "calibration", tokenizer, tokens + more, seq_len, seed, column
         )
+        windows, held_out = split_windows(windows, more // seq_len)
+        partial = output / ".calibration.partial.safetensors"
         try:
             calibration = calibrate(
                 dense,
@@ -143,17 +179,36 @@ def sparsify(
                 batch_size=batch_size,
                 seed=seed,
                 data_name=data_name,
-                checkpoint=output / ".calibration.partial.safetensors",
+                checkpoint=partial,
                 preview=preview,
                 products_at=None if down_sparsity is None else sparsity,
                 method=DEFAULT_METHOD if method in (None, PRODUCT) else method,
+                keep_checkpoint=probing,
             )
+            if probing:
+                calibration.sensitivities = measure_sensitivities(
+                    dense,
+                    calibration,
+                    held_out,
+                    method,
+                    compensate,
+                    checkpoint=output / ".sensitivities.partial.safetensors",
+                )
+                partial.unlink(missing_ok=True)
         except KeyboardInterrupt:
             err.print("interrupted; the same command goes on from the last saved part")
             raise typer.Exit(130) from None
     left_dense = describe(find_sites(dense)[1])
     sparse = sparsify_model(
-        dense, calibration, sparsity, method, compensate, prefill, down_sparsity
+        dense,
+        calibration,
+        sparsity,
+        method,
+        compensate,
+        prefill,
+        down_sparsity,
+        bytes_skipped=bytes_skipped,
+        allocation=allocation,
     )
     hub.save(sparse, output, merge=merge)
     if merge:
@@ -164,6 +219,7 @@ def sparsify(
         "method": config.method,
         "compensate": compensate,
         "preview": config.preview,
+        "allocation": allocation,
         "sparsity": config.measured_sparsity,
         "down_sparsity": config.measured_down_sparsity,
         "bytes_skipped": config.bytes_skipped,
@@ -179,9 +235,12 @@ def sparsify(
         err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
     by_preview = f" by a {config.preview}-bit {config.decided_on} preview" if config.preview else ""
     unread = config.measured_down_sparsity
+    shares = [site.sparsity for site in config.sites.values()]
+    spread = f" ({min(shares):.1%} to {max(shares):.1%} by MLP)" if allocation != "uniform" else ""
     out.print(
         f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
-        f"dropped{by_preview}, {'' if unread is None else f'{unread:.1%} of down rows unread, '}"
+        f"dropped{spread}{by_preview}, "
+        f"{'' if unread is None else f'{unread:.1%} of down rows unread, '}"
         f"{config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
     )
