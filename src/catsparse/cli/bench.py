@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..config import DEFAULT_METHOD, PRODUCT, check_method, check_preview, check_sparsity
 from ..errors import CatsparseError
-from .common import Device, Json, err, load, out, print_json
+from .bench_models import random_weights, real_weights
+from .common import Device, Json, err, out, print_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed: ratios from one interleaved run.")
 
@@ -146,7 +147,7 @@ def decode(
     where = _device(device, threads)
     if compile and where.type != "cuda":
         raise CatsparseError("--compile needs a GPU; leave it out")
-    make = _random if config is not None else _real
+    make = random_weights if config is not None else real_weights
     name = config or model or ""
     sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview, method)
     rows = []
@@ -207,68 +208,6 @@ def tune(
     for _, group in itertools.groupby(rows, lambda row: (row.name, row.dtype, row.tokens)):
         _print_plans(list(group))
     print(output / "rows.jsonl")
-
-
-def _random(
-    name: str,
-    dtype: str,
-    device: str,
-    lengths: list[int],
-    count: int,
-    preview: int | None,
-    method: str | None,
-) -> tuple[Any, dict[int, Any]]:
-    """A model, and ``count`` prompts of each length."""
-    import torch
-
-    from ..bench import find_shape
-    from ..bench.rows import parse_dtype
-    from ..bench.shapes import random_model
-    from ..observation import calibrate
-    from ..surgery import sparsify
-
-    shape = find_shape(name)
-    err.print(f"making random weights of the shape {name} and calibrating them", style="dim")
-    model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(shape.vocab, (4, 128), generator=generator)
-    calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
-    prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
-    return sparsify(model, calibration, method=method or DEFAULT_METHOD), prompts
-
-
-def _real(
-    name: str,
-    dtype: str,
-    device: str,
-    lengths: list[int],
-    count: int,
-    preview: int | None,
-    method: str | None,
-) -> tuple[Any, dict[int, Any]]:
-    from .. import hub
-    from ..observation import calibrate
-    from ..surgery import sparsify
-    from .common import token_windows
-
-    for option, value in (("preview", preview), ("method", method)):
-        if hub.is_artifact(name) and value is not None:
-            raise CatsparseError(f"{name} has the {option} it was saved with; leave --{option} out")
-    model, tokenizer = load(name, device, dtype)
-    if not hub.is_artifact(name):
-        windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
-        calibration = calibrate(model, windows, data_name=source, preview=preview)
-        model = sparsify(model, calibration, method=method or DEFAULT_METHOD)
-    prompts = {
-        n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
-    }
-    for n, found in prompts.items():
-        if len(found) < count:
-            raise CatsparseError(
-                f"the bundled text holds {len(found)} prompts of {n} tokens, not {count}; take a "
-                "smaller --batch, or random prompts with --config"
-            )
-    return model, prompts
 
 
 def _names(shape: str) -> list[str]:

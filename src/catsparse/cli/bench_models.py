@@ -1,0 +1,72 @@
+"""Models and prompts for ``catsparse bench decode``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import DEFAULT_METHOD
+from ..errors import CatsparseError
+from .common import err, load
+
+
+def random_weights(
+    name: str,
+    dtype: str,
+    device: str,
+    lengths: list[int],
+    count: int,
+    preview: int | None,
+    method: str | None,
+) -> tuple[Any, dict[int, Any]]:
+    """A sparse model of a shape, and ``count`` prompts of each length."""
+    import torch
+
+    from ..bench import find_shape
+    from ..bench.rows import parse_dtype
+    from ..bench.shapes import random_model
+    from ..observation import calibrate
+    from ..surgery import sparsify
+
+    shape = find_shape(name)
+    err.print(f"making random weights of the shape {name} and calibrating them", style="dim")
+    model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape.vocab, (4, 128), generator=generator)
+    calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
+    prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
+    return sparsify(model, calibration, method=method or DEFAULT_METHOD), prompts
+
+
+def real_weights(
+    name: str,
+    dtype: str,
+    device: str,
+    lengths: list[int],
+    count: int,
+    preview: int | None,
+    method: str | None,
+) -> tuple[Any, dict[int, Any]]:
+    """The same of a checkpoint or of a sparse folder."""
+    from .. import hub
+    from ..observation import calibrate
+    from ..surgery import sparsify
+    from .common import token_windows
+
+    for option, value in (("preview", preview), ("method", method)):
+        if hub.is_artifact(name) and value is not None:
+            raise CatsparseError(f"{name} has the {option} it was saved with; leave --{option} out")
+    model, tokenizer = load(name, device, dtype)
+    if not hub.is_artifact(name):
+        windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
+        calibration = calibrate(model, windows, data_name=source, preview=preview)
+        model = sparsify(model, calibration, method=method or DEFAULT_METHOD)
+    prompts = {
+        n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
+    }
+    for n, found in prompts.items():
+        if len(found) < count:
+            raise CatsparseError(
+                f"the bundled text holds {len(found)} prompts of {n} tokens, not {count}; take a "
+                "smaller --batch, or random prompts with --config"
+            )
+    return model, prompts
