@@ -108,15 +108,10 @@ def calibrate(
     run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview)
 
     def read(label: str) -> None:
-        shown = track(
-            batches,
-            label,
-            total=total,
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress,
-        )
-        for batch in shown:
+        console = Console(stderr=True)
+        for batch in track(
+            batches, label, total, console=console, transient=True, disable=not progress
+        ):
             run.step(batch)
 
     with watch(model, sites, previews, run.count), evaluating(model), torch.no_grad():

@@ -37,11 +37,10 @@ from .stream import (
     find_plan,
     group_size,
     shared_bytes,
-    stage_count,
     template,
     whole_pieces,
 )
-from .tiles import PREVIEW, TILE, PreviewArgument, Tiles, find_tiles
+from .tiles import PREVIEW, TILE, PreviewArgument, Tiles, find_ring
 from .triton import MAX_TOKENS as TRITON_TOKENS
 from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
@@ -299,9 +298,9 @@ def _build(
     row = max(hidden, columns) * dtype.itemsize
     lists = _list_bytes(capacity, tokens, plan, kind) + _x_bytes(dtype, hidden, tokens, kind)
     rows = plan.rows
-    while rows > 1 and not _ring(limit - lists, rows, row, hidden, kind).holds(4):
+    while rows > 1 and not find_ring(limit - lists - _LEFT, rows, row, hidden, kind).holds(4):
         rows //= 2
-    ring = _ring(limit - lists, rows, row, hidden, kind)
+    ring = find_ring(limit - lists - _LEFT, rows, row, hidden, kind)
     tiles, stage, stages = ring.tiles, ring.stage, ring.stages
     chunks = _chunks(capacity, plan, rows if tiles is None else TILE)
     each = -(-row // (PIECE * plan.threads))
@@ -338,26 +337,6 @@ def _chunks(capacity: int, plan: Plan, step: int) -> int:
 def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | None) -> int:
     """With a preview, the tokens, which take the place of their digits, and the digits' units."""
     return 0 if kind is None else tokens * groups_of(hidden) * (GROUP * dtype.itemsize + 4)
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """Stages of ``stage`` bytes."""
-
-    stage: int
-    stages: int
-    tiles: Tiles | None
-
-    def holds(self, stages: int) -> bool:
-        """So many stages, and a whole tile: its dots wait for all of it."""
-        return self.stages >= max(stages, 0 if self.tiles is None else self.tiles.splits)
-
-
-def _ring(room: int, rows: int, row: int, hidden: int, kind: PreviewKind | None) -> _Ring:
-    """In ``room`` bytes, with ``rows`` of ``row`` bytes a stage."""
-    tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
-    stage = max(rows * row, 0 if tiles is None else tiles.stage)
-    return _Ring(stage, stage_count(room - _LEFT, stage), tiles)
 
 
 def _fits(call: Call) -> bool:
@@ -400,7 +379,7 @@ def why_not_sizes(
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens), kind)
     lists += _x_bytes(dtype, hidden, tokens, kind)
-    ring = _ring(shared_bytes(device) - lists, 1, row, hidden, kind)
+    ring = find_ring(shared_bytes(device) - lists - _LEFT, 1, row, hidden, kind)
     if row > MOST_PIECES * PIECE or not ring.holds(2):
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .preview import GROUP, SCALE_GROUPS, PreviewKind, groups_of
+from .stream import stage_count
 
 PREVIEW = Path(__file__).with_name("preview.cuh")
 TILE = 16  # neurons
@@ -40,6 +41,26 @@ def find_tiles(hidden: int, kind: PreviewKind, stage: int) -> Tiles:
         if tiles.stage <= stage * 9 // 8:
             break
     return tiles
+
+
+@dataclass(frozen=True)
+class Ring:
+    """``stages`` of ``stage`` bytes, for rows of weights and a preview's tiles."""
+
+    stage: int
+    stages: int
+    tiles: Tiles | None
+
+    def holds(self, stages: int) -> bool:
+        """So many stages, and a whole tile: its dots wait for all of it."""
+        return self.stages >= max(stages, 0 if self.tiles is None else self.tiles.splits)
+
+
+def find_ring(room: int, rows: int, row: int, hidden: int, kind: PreviewKind | None) -> Ring:
+    """In ``room`` bytes, with ``rows`` of ``row`` bytes a stage."""
+    tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
+    stage = max(rows * row, 0 if tiles is None else tiles.stage)
+    return Ring(stage, stage_count(room, stage), tiles)
 
 
 class PreviewArgument(ctypes.Structure):
