@@ -154,6 +154,18 @@ def test_preview_and_second_decision(
     assert module.catsparse_preview is not None
 
 
+@pytest.mark.parametrize(("batch", "in_use"), [(1, True), (7, False)])
+def test_many_sequences_are_decided_by_the_exact_gate(
+    batch: int, in_use: bool, device: str
+) -> None:
+    model = make("llama", device)
+    calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
+    step = step_of(catsparse.sparsify(model, calibration, 0.5, "energy"), batch)
+    assert isinstance(step, FusedStep)
+    for weights in step._mlps:
+        assert (weights.preview is not None) == (weights.preview_scale is not None) == in_use
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", device)

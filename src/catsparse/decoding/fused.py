@@ -125,10 +125,8 @@ class FusedStep:
         h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
         mlp = layer.mlp
         call = Call(h, mlp.gate, mlp.up, *weights[:2], mlp.act, *weights[2:])
-        if not self._few:  # everything is read anyway: the exact weights decide
-            if call.previews_products:
-                call = call._replace(threshold=self._keep_all, product_threshold=call.threshold)
-            call = call._replace(x=rms_norm(h, layer.mlp_norm), preview=None, preview_scale=None)
+        if not self._few:
+            call = call._replace(x=rms_norm(h, layer.mlp_norm))
             torch.add(h, gated_mlp(*call), out=x)
             return
         launch(call, norm=layer.mlp_norm, residual=h, out=x, early=True)
@@ -167,8 +165,8 @@ class FusedStep:
         if not module.catsparse_enabled:
             return _Weights(down_t, self._keep_all)
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
-        if preview is not None and not self._takes_preview(mlp, preview):
-            preview = scale = None
+        if preview is not None and not (self._few and self._takes_preview(mlp, preview)):
+            preview = scale = None  # of many sequences all is read anyway: the exact weights decide
         threshold, product = module.catsparse_threshold, module.catsparse_product_threshold
         if preview is None and module.catsparse_of_products:
             threshold, product = self._keep_all, threshold  # a second decision on the exact product
