@@ -198,7 +198,8 @@ def _end_slope(step: Tensor, secant: Tensor) -> Tensor:
     if len(step) == 1:
         return secant
     parabola = secant[0] + (secant[0] - secant[1]) * step[0] / (step[0] + step[1])
-    return parabola.clamp(min=0.0).minimum(3 * secant[0]).view(1)
+    # Below twice the secant, as the next one is not negative.
+    return parabola.clamp(min=0.0).view(1)
 
 
 def _described(method: str, compensate: bool, preview: int | None) -> str:
