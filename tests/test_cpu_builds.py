@@ -235,13 +235,14 @@ def test_hot_loops_are_vector_code(target: str, tmp_path: Path) -> None:
         assert not any(re.search("pinsr|pextr|gather|cvtsi2ss", line) for line in code[name]), name
 
 
-def test_bf16_previews_multiply_pairs(tmp_path: Path) -> None:
-    """Where the machine can: the kernel's speed in bf16 rests on it."""
+def test_half_precision_previews_multiply_bytes(tmp_path: Path) -> None:
+    """Where the machine can: the kernel's speed in bf16 and fp16 rests on it."""
     if not X86:
         pytest.skip("not an x86 machine")
     command = [need("gcc"), "-march=cooperlake", *FLAGS, "-fPIC", "-S"]
     code = functions(compile_c(command, cpu.SOURCE, tmp_path / "kernel.s").read_text())
     for loop in ("4_dot_one", "4_dot_group", "8_dot_one", "8_dot_group"):
-        lines = code[f"pairs_{loop}"]
-        assert sum(line.startswith("vdpbf16ps") for line in lines) >= 16  # ROWS by 4 fields
+        lines = code[f"digits_{loop}"]
+        products = sum(line.startswith("vpdpbusd") for line in lines)
+        assert products >= 4 * 2 * (8 // int(loop[0]))  # ROWS by digits by fields
         assert not any(re.match(SCALAR, line) for line in lines)

@@ -21,10 +21,9 @@
 #define RUN 64            /* bytes */
 #define RUNS_OF_BLOCK 4
 
-/* Where byte j of a row of so many bytes lies. */
-static inline int64_t place_of(int64_t j, int64_t row, int64_t bytes) {
-    return j < bytes / (RUN * RUNS_OF_BLOCK) * (RUN * RUNS_OF_BLOCK)
-               ? j ^ row % RUNS_OF_BLOCK * RUN : j;
+/* Bytes of a row whose runs have changed places. */
+static inline int64_t swapped_bytes(int64_t bytes) {
+    return bytes / (RUN * RUNS_OF_BLOCK) * (RUN * RUNS_OF_BLOCK);
 }
 
 static inline words load_words(const uint8_t *p, int64_t bytes) {
@@ -62,16 +61,17 @@ static inline floats load_scale(const uint16_t *p, int bits) {
     return (floats)(none + ((uint32_t)*p << 16));
 }
 
-/* As DEFINE_DOT of cpu.c: rows of so many bytes and their scales, x as lay_out() leaves it; `place`
- * tells the order of their runs. */
+/* As DEFINE_DOT of cpu.c: rows of so many bytes and their scales, x as lay_out() leaves it. Byte j
+ * of row r lies at j ^ swap[r], as long as its runs have changed places. */
 #define DOT_ARGUMENTS                                                                              \
     const uint8_t *const *row, const uint8_t *const *next, const uint16_t *const *scale,           \
-        const int64_t *place, const float *x, int64_t x_stride, int64_t bytes,                     \
+        const int64_t *swap, const float *x, int64_t x_stride, int64_t bytes,                      \
         float (*out)[MAX_TOKENS]
 #define LOAD_ROWS(N, J)                                                                            \
     UNROLL for (int r = 0; r < ROWS; r++) {                                                        \
         FETCH(next[r] + (J));                                                                      \
-        N[r] = load_words(row[r] + place_of(J, place[r], bytes), least(CHUNK, bytes - (J)));       \
+        const uint8_t *at = row[r] + ((J) < swapped ? (J) ^ swap[r] : (J));                        \
+        N[r] = (J) + CHUNK <= bytes ? load_words(at, CHUNK) : load_words(at, bytes - (J));         \
     }
 #define FINISH(COUNT)                                                                              \
     UNROLL for (int r = 0; r < ROWS; r++)                                                          \
@@ -80,6 +80,7 @@ static inline floats load_scale(const uint16_t *p, int bits) {
 #define DEFINE_PREVIEW_DOT(NAME, BITS, COUNT)                                                      \
     static void NAME(DOT_ARGUMENTS) {                                                              \
         floats sum[ROWS][COUNT] = {{{0}}};                                                         \
+        int64_t swapped = swapped_bytes(bytes);                                                    \
         for (int64_t j = 0; j < bytes; j += CHUNK, x += 32 / BITS * LANES) {                       \
             words n[ROWS];                                                                         \
             floats part[ROWS][COUNT] = {{{0}}};                                                    \
@@ -113,7 +114,30 @@ DEFINE_PREVIEW_DOT(preview_8_dot_group, 8, GROUP)
 
 static inline float power_of_two(int n) { return from_bits((uint32_t)(n + 127) << 23); }
 
-/* The inputs of a run, by field, as digits; of the dots' lanes what a sum is worth, and the sum that
+/* A group of x as numbers; returns what 1 is worth. */
+static float to_numbers(const float *x, int32_t *numbers) {
+    const uint32_t infinity = 0x7f800000;
+    uint32_t most = 0; /* a magnitude's bits; NaN's are the largest */
+    for (int j = 0; j < PREVIEW_GROUP; j++) {
+        uint32_t size = to_bits(x[j]) & 0x7fffffff;
+        most = most < size ? size : most;
+    }
+    if (most >= infinity) {
+        for (int j = 0; j < PREVIEW_GROUP; j++)
+            numbers[j] = (x[j] == INFINITY) - (x[j] == -INFINITY);
+        return INFINITY;
+    }
+    int exponent = (int)(most >> 23) - 126;
+    int small = from_bits(most) < 1e-30f;
+    float per_unit = small ? 0.0f : power_of_two(NUMBER_BITS - exponent);
+    for (int j = 0; j < PREVIEW_GROUP; j++) {
+        float number = x[j] * per_unit;
+        numbers[j] = (int32_t)(number + (number < 0.0f ? -0.5f : 0.5f));
+    }
+    return small ? 0.0f : power_of_two(exponent - NUMBER_BITS);
+}
+
+/* The inputs of a run, by field, as digits; of the lanes of dots what a sum is worth, and what
  * n - 2^(bits - 1) takes from that of n. No larger than the inputs as floats. */
 #define DEFINE_DIGITS(BITS)                                                                        \
     typedef struct {                                                                               \
@@ -122,33 +146,26 @@ static inline float power_of_two(int n) { return from_bits((uint32_t)(n + 127) <
         int32_t offset[LANES];                                                                     \
     } digits_##BITS;                                                                               \
     static void lay_out_digits_##BITS(const float *x, int64_t n, void *out) {                      \
+        enum { SIZE = PREVIEW_GROUP * BITS / 8 }; /* bytes of a group */                           \
         digits_##BITS *run = out;                                                                  \
-        for (int64_t first = 0; first < n; first += RUN * 8 / BITS, run++) {                       \
-            memset(run, 0, sizeof *run);                                                           \
-            for (int64_t i = first; i < first + RUN * 8 / BITS; i += PREVIEW_GROUP) {              \
-                float most = 0.0f;                                                                 \
-                for (int j = 0; j < PREVIEW_GROUP; j++) {                                          \
-                    float size = fabsf(x[i + j]);                                                  \
-                    size = size < INFINITY ? size : INFINITY;                                      \
-                    most = most < size ? size : most;                                              \
-                }                                                                                  \
-                int exponent = (int)(to_bits(most) >> 23) - 126;                                   \
-                int plain = most > 1e-30f && most < INFINITY;                                      \
-                float per_unit = plain ? power_of_two(NUMBER_BITS - exponent) : 0.0f;              \
-                float unit = plain ? power_of_two(exponent - NUMBER_BITS) : most < 1 ? 0 : most;   \
-                for (int j = 0; j < PREVIEW_GROUP; j++) {                                          \
-                    float v = x[i + j];                                                            \
-                    int32_t number = most < INFINITY ? (int32_t)lrintf(v * per_unit)               \
-                                     : v == INFINITY ? 1 : v == -INFINITY ? -1 : 0;                \
-                    int64_t group = (i - first) / PREVIEW_GROUP, size = PREVIEW_GROUP * BITS / 8;  \
-                    int64_t at = group * size + j % size, field = j / size;                        \
-                    run->low[field][at] = (int8_t)number;                                          \
-                    run->high[field][at] = (int8_t)((number + 128) >> 8);                          \
-                    run->unit[at / 4] = unit;                                                      \
-                    run->offset[at / 4] -= number << (BITS - 1);                                   \
+        for (int64_t first = 0; first < n; first += RUN * 8 / BITS, run++)                         \
+            for (int group = 0; group < RUN / SIZE; group++) {                                     \
+                int32_t numbers[PREVIEW_GROUP];                                                    \
+                float unit = to_numbers(x + first + group * PREVIEW_GROUP, numbers);               \
+                for (int k = 0; k < 8 / BITS; k++)                                                 \
+                    for (int j = 0; j < SIZE; j++) {                                               \
+                        int32_t number = numbers[k * SIZE + j];                                    \
+                        run->low[k][group * SIZE + j] = (int8_t)number;                            \
+                        run->high[k][group * SIZE + j] = (int8_t)((number + 128) >> 8);            \
+                    }                                                                              \
+                for (int lane = 0; lane < SIZE / 4; lane++) {                                      \
+                    int32_t sum = 0;                                                               \
+                    for (int k = 0; k < 8 / BITS; k++)                                             \
+                        for (int j = 0; j < 4; j++) sum += numbers[k * SIZE + lane * 4 + j];       \
+                    run->unit[group * SIZE / 4 + lane] = unit;                                     \
+                    run->offset[group * SIZE / 4 + lane] = -(sum * (1 << (BITS - 1)));             \
                 }                                                                                  \
             }                                                                                      \
-        }                                                                                          \
     }
 DEFINE_DIGITS(4)
 DEFINE_DIGITS(8)
@@ -161,6 +178,7 @@ static inline ints load_ints(const int32_t *p) { return (ints)_mm512_loadu_si512
 #define DEFINE_DIGITS_DOT(NAME, BITS, COUNT)                                                       \
     static void NAME(DOT_ARGUMENTS) {                                                              \
         floats sum[ROWS][COUNT] = {{{0}}};                                                         \
+        int64_t swapped = swapped_bytes(bytes);                                                    \
         const digits_##BITS *run = (const void *)x;                                                \
         for (int64_t j = 0; j < bytes; j += RUN, run++) {                                          \
             words n[ROWS];                                                                         \
@@ -226,17 +244,18 @@ static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t
     for (int64_t i = first; i < last; i += ROWS, out += ROWS) {
         const uint8_t *row[ROWS], *next[ROWS];
         const uint16_t *scale[ROWS];
-        int64_t place[ROWS];
+        int64_t swap[ROWS];
         float sums[ROWS][MAX_TOKENS], (*sum)[MAX_TOKENS] = i + ROWS <= last ? out : sums;
         for (int r = 0; r < ROWS; r++) {
-            place[r] = base + least(i + r, last - 1);
-            row[r] = preview + place[r] * bytes;
+            int64_t here = base + least(i + r, last - 1);
+            row[r] = preview + here * bytes;
+            swap[r] = here % RUNS_OF_BLOCK * RUN;
             next[r] = preview + (base + least(i + ROWS + r, rows - 1)) * bytes;
-            scale[r] = scales + place[r] * scale_stride;
+            scale[r] = scales + here * scale_stride;
         }
         for (int64_t t = 0; t < tokens;) {
             int group = t + GROUP <= tokens;
-            preview_dot[digits][bits == 8][group](row, next, scale, place, x + t * x_stride,
+            preview_dot[digits][bits == 8][group](row, next, scale, swap, x + t * x_stride,
                                                   x_stride, bytes,
                                                   (float(*)[MAX_TOKENS])(sum[0] + t));
             t += group ? GROUP : 1;
