@@ -12,6 +12,7 @@ import torch
 
 from catsparse.bench import gpu
 from catsparse.kernels import attention, cuda, linear, nvrtc, stream
+from catsparse.kernels.preview import PreviewKind
 from catsparse.kernels.tiles import find_tiles
 
 
@@ -35,13 +36,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def defines(
-    tokens: int, hidden: int, dtype: torch.dtype, act: str, second: bool = False, bits: int = 0
+    tokens: int,
+    hidden: int,
+    dtype: torch.dtype,
+    act: str,
+    second: bool = False,
+    kind: PreviewKind | None = None,
 ) -> tuple[tuple[str, str], ...]:
     pieces = -(-hidden * dtype.itemsize // 16)
     plan = stream.find_plan(hidden * dtype.itemsize, tokens)
     columns = -(-pieces // plan.threads)
     even = pieces == plan.threads * columns
-    tiles = find_tiles(hidden, bits, plan.rows * hidden * dtype.itemsize) if bits else None
+    stage = plan.rows * hidden * dtype.itemsize
+    tiles = None if kind is None else find_tiles(hidden, kind, stage)
     return cuda._defines(dtype, act, tokens, plan, columns, even, second, tiles)
 
 
@@ -57,8 +64,9 @@ def test_the_kernel_compiles(dtype: torch.dtype, hidden: int) -> None:
 @pytest.mark.parametrize("hidden", [8192, 584])
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
 def test_it_compiles_with_a_preview_and_a_second_decision(dtype: torch.dtype, hidden: int) -> None:
-    for tokens, second, bits in ((1, True, 0), (2, False, 8), (4, True, 4)):
-        assert cuda._compile(defines(tokens, hidden, dtype, "silu", second, bits), "sm_90")
+    eight, products = PreviewKind(8, products=False), PreviewKind(4, products=True)
+    for tokens, second, kind in ((1, True, None), (2, False, eight), (4, True, products)):
+        assert cuda._compile(defines(tokens, hidden, dtype, "silu", second, kind), "sm_90")
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
