@@ -34,7 +34,9 @@ def test_a_ring_must_hold_a_whole_tile() -> None:
     assert find_ring(room, 1, row, 16384, None).holds(6)
     assert not find_ring(room, 1, row, 16384, None).holds(7)
     four, eight = find_ring(room, 1, row, 16384, FOUR), find_ring(room, 1, row, 16384, EIGHT)
-    assert four.tiles is not None and four.tiles.splits == 4 <= four.stages
+    assert four.tiles is not None
+    assert four.tiles.splits == 4 <= four.stages
     assert four.holds(2)
-    assert eight.tiles is not None and eight.tiles.splits == 8 > eight.stages >= 2
+    assert eight.tiles is not None
+    assert eight.tiles.splits == 8 > eight.stages >= 2
     assert not eight.holds(2)
