@@ -526,6 +526,19 @@ def test_bench_decode_of_an_artifact(
     assert list(sizes) == [(1, 4), (1, 5), (2, 4), (2, 5)]
 
 
+def test_bench_decode_by_a_method(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rounds", "1", "--new-tokens", "3", "--sparsity", "0.9", "-o", tmp_path, "--json"]
+    options += ["--preview", "4", "--method", "product"]
+    code, text, _ = run(capsys, "bench", "decode", "default", *options)
+    assert code == 0
+    names = [(row["impl"], row["sparsity"]) for row in json.loads(text)["rows"]]
+    assert names == [("dense", 0.0), ("catsparse", 0.0), ("catsparse_product4", 0.9)]
+    code, _, problem = run(capsys, "bench", "decode", artifact, "--method", "cats", *options[:5])
+    assert (code, "leave --method out" in problem.replace("\n", " ")) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
@@ -549,6 +562,8 @@ def test_bench_decode_of_an_artifact(
         (["decode", "default", "--batch", "40", "--prompt-tokens", "5000"], "smaller --batch"),
         (["decode", "default", "--config", "llama-3.2-1b"], "either"),
         (["decode", "--config", "64,96"], "MLP"),
+        (["decode", "default", "--method", "product"], "--preview 4"),
+        (["decode", "default", "--method", "wanda"], "energy"),
     ],
 )
 def test_bench_refuses_bad_input(

@@ -174,7 +174,7 @@ def mask_triton(z: Tensor, u: Tensor, threshold: Tensor, act: str, mean: Tensor 
 
 def fits_triton(call: Call) -> bool:
     """Whether the kernels take the call, in groups of ``MAX_TOKENS`` tokens, and every pointer they
-    get covers what they read. A gate preview and a second decision they do not know."""
+    get covers what they read. A preview and a second decision they do not know."""
     w_gate, w_up, w_down_t = call[1:4]
     return (
         belong_together(call)
