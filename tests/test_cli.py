@@ -535,7 +535,7 @@ def test_bench_decode_by_a_method(
     assert code == 0
     names = [(row["impl"], row["sparsity"]) for row in json.loads(text)["rows"]]
     assert names == [("dense", 0.0), ("catsparse", 0.0), ("catsparse_product4", 0.9)]
-    code, _, problem = run(capsys, "bench", "decode", artifact, "--method", "cats", *options[:5])
+    code, _, problem = run(capsys, "bench", "decode", artifact, "--method", "cats", "-o", tmp_path)
     assert (code, "leave --method out" in problem.replace("\n", " ")) == (2, True)
 
 
