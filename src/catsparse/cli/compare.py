@@ -182,15 +182,16 @@ def _print_table(rows: list[CompareRow]) -> None:
                 style="bold" if row.key in best else None,
             )
     out.print(table)
+    bits = next((row.preview for row in rows if row.preview is not None), None)
+    by_preview = "" if bits is None else f"; {PRODUCT} decided by a {bits}-bit preview"
     out.print(
         f"{first.tokens:,} tokens of {first.heldout}, dense perplexity "
         f"{first.dense_perplexity:.3f}; calibrated on {first.calibration_tokens:,} of "
-        f"{first.calibration}; asked and skipped: of the MLPs' weight bytes; every token thresholded",
+        f"{first.calibration}; asked and skipped: of the MLPs' weight bytes{by_preview}; "
+        "every token thresholded",
         highlight=False,
     )
 
 
 def _described(row: CompareRow) -> str:
-    words = [row.method if row.preview is None else f"{row.method} ({row.preview}-bit)"]
-    words += [row.allocation] if row.allocation != "uniform" else []
-    return ", ".join(words)
+    return row.method if row.allocation == "uniform" else f"{row.method}, {row.allocation}"
