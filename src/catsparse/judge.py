@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .errors import CatsparseError
@@ -120,6 +122,20 @@ def _out_of_memory(error: Exception) -> bool:
         return True
     words = str(error).lower()
     return "out of memory" in words or "can't allocate memory" in words
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[Progress]:
+    """On stderr, with an estimate of the time left; gone at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        yield bar
 
 
 def standard_error(values: Tensor) -> float:

@@ -16,6 +16,7 @@ from ..errors import CatsparseError
 from .bench import bench
 from .chat import chat
 from .common import err
+from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -53,7 +54,7 @@ def _main(
     _debug = debug
 
 
-for command in (sparsify, evaluate, generate, chat, info, plot, demo):
+for command in (sparsify, evaluate, compare, generate, chat, info, plot, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

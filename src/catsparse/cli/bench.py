@@ -18,7 +18,7 @@ from rich.table import Table
 from ..config import DEFAULT_METHOD, PRODUCT, check_method, check_preview, check_sparsity
 from ..errors import CatsparseError
 from .bench_models import random_weights, real_weights
-from .common import Device, Json, err, out, print_json
+from .common import Device, Json, err, make_folder, out, print_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed: ratios from one interleaved run.")
 
@@ -69,7 +69,7 @@ def op(
     from ..bench.peers import index_select, load_peer
     from ..bench.rows import parse_dtype
 
-    _make_folder(output)
+    make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
     wanted, counts = _sparsities(sparsity), _counts(tokens)
@@ -139,7 +139,7 @@ def decode(
 
     if (model is None) == (config is None):
         raise CatsparseError("name either a MODEL or a shape with --config")
-    _make_folder(output)
+    make_folder(output)
     wanted = _sparsities(sparsity)
     lengths = _numbers(prompt_tokens, "--prompt-tokens", 2)
     batches = _numbers(batch, "--batch", 1)
@@ -187,7 +187,7 @@ def tune(
     from ..bench.rows import parse_dtype
     from ..bench.tune import candidates
 
-    _make_folder(output)
+    make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
     wanted, counts, where = _sparsities(sparsity), _counts(tokens), _device(device, None)
@@ -216,14 +216,6 @@ def _names(shape: str) -> list[str]:
 
     names = shape.split(",")
     return names if names[0] in SHAPES else [shape]
-
-
-def _make_folder(path: Path) -> None:
-    """Before anything is measured, not after."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CatsparseError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def _sparsities(text: str) -> list[float]:

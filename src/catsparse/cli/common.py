@@ -109,6 +109,14 @@ def token_windows(
     return windows, data or f"the bundled {bundled} text"
 
 
+def make_folder(path: Path) -> None:
+    """Before anything is measured, not after."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CatsparseError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
 def summarize_paths(paths: dict[str, Any]) -> str:
     """The words of :func:`catsparse.surgery.model_paths`, once where all MLPs agree."""
     counts: Counter[str] = Counter(path.words for path in paths.values())

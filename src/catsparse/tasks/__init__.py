@@ -7,36 +7,33 @@ score with ``scoring``. ``rows`` holds results and their file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from .._version import __version__
 from ..config import shorten
 from ..errors import CatsparseError
-from ..judge import scored_sparse, while_it_fits
+from ..judge import progress_bar, scored_sparse, while_it_fits
 from ..meter import SparsityMeter
 from ..modules import sparse_modules
 from ..observation import evaluating
-from ..surgery import base_model_of, run_dense, state_of
+from ..rows import add_row, key_of, model_name, weights_digest
+from ..surgery import run_dense, state_of
 from . import harness
 from .local import LOCAL_TASKS, LocalTask, find_file, judge_task, read_task
 from .rows import (
     Outcome,
     TaskRow,
-    add_row,
     correct_string,
-    key_of,
     paired,
     read_rows,
     thresholds_digest,
-    weights_digest,
 )
 from .scoring import Batch, context_window, count_tokens, encode_pairs, is_truncated, loglikelihoods
 
@@ -105,7 +102,7 @@ def evaluate_tasks(
     jobs = _jobs(model, tokenizer, tasks, None if folder is None else Path(folder), limit)
     weights, rows = weights_digest(model), []
     thresholds = thresholds_digest(model) if sparse_modules(model) else None
-    with evaluating(model), _bar(progress) as bar:
+    with evaluating(model), progress_bar(progress) as bar:
         for job in jobs:
             dense: TaskRow | None = None
             for variant in ("dense", "sparse")[: 1 if thresholds is None else 2]:
@@ -236,7 +233,7 @@ def _row(
         difference=difference[0],
         difference_stderr=difference[1],
         correct=correct,
-        model=_model_name(model),
+        model=model_name(model),
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         method=None if config is None else config.method,
@@ -251,24 +248,3 @@ def _row(
         key=key,
         versions=versions,
     )
-
-
-def _model_name(model: Any) -> str:
-    """A hub's name as it is, of a folder its last part: rows are for other machines, too."""
-    base = base_model_of(model)
-    name = "" if base is None else base.name_or_path
-    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
-
-
-@contextlib.contextmanager
-def _bar(progress: bool) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not progress
-    ) as bar:
-        yield bar

@@ -1,21 +1,19 @@
-"""Results of tasks as rows of a jsonl file: what they hold, their file, what makes two alike."""
+"""Results of tasks as rows of a jsonl file: what they hold, and what makes two alike."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..config import parse_json, shorten, write_atomic
 from ..errors import CatsparseError
 from ..judge import standard_error
 from ..modules import sparse_modules
+from ..rows import read_lines
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,10 @@ def read_rows(path: Path) -> list[TaskRow]:
     Raises:
         CatsparseError: it cannot be read, or holds something else.
     """
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatsparseError(f"cannot read {path}: {shorten(error, 200)}") from error
-    lines = enumerate(text.split("\n"), 1)
-    return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    return [_row(raw, where) for raw, where in read_lines(path)]
 
 
-def _row(line: str, where: str) -> TaskRow:
-    raw: Any = parse_json(line, where)
+def _row(raw: Any, where: str) -> TaskRow:
     kinds: dict[str, Any] = {
         "key": str,
         "metrics": dict,
@@ -139,43 +131,6 @@ def _row(line: str, where: str) -> TaskRow:
             f"{where} is no row of 'catsparse evaluate --tasks'; name another file to write"
         )
     return TaskRow(**raw)
-
-
-def add_row(path: Path, row: TaskRow) -> None:
-    """Put ``row`` at the end of the file, which is replaced as a whole.
-
-    Raises:
-        CatsparseError: it cannot be written.
-    """
-    try:
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
-        text = old + ("" if not old or old.endswith("\n") else "\n") + json.dumps(asdict(row))
-        write_atomic(path, lambda temporary: _write(temporary, text + "\n"))
-    except OSError as error:
-        raise CatsparseError(f"cannot write {path}: {shorten(error, 200)}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def key_of(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def weights_digest(model: Any) -> str:
-    """Of the names, shapes, dtypes and up to 256 values of each parameter: enough to tell a
-    fine-tuned model from what it was. Values that cannot be read here are left out."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        data = parameter.data
-        digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
-        if type(data) is Tensor and data.device.type != "meta" and data.numel():
-            flat = data.reshape(-1)
-            digest.update(
-                flat[:: max(1, flat.numel() // 256)][:256].double().cpu().numpy().tobytes()
-            )
-    return digest.hexdigest()
 
 
 def thresholds_digest(model: Any) -> str:

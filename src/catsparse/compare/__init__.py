@@ -1,0 +1,279 @@
+"""Methods compared on the same data at equal bytes skipped -> rows, which a later run goes on from.
+
+Gate methods are decided by the exact gate, method ``product`` by a preview of gate and up: two
+calibrations on the same tokens. All else is the same for every row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from .._version import __version__
+from ..calibration import Calibration
+from ..errors import CatsparseError
+from ..evaluate import Evaluation, Perplexity, evaluate, perplexity
+from ..judge import progress_bar, while_it_fits
+from ..observation import calibrate
+from ..probing import TOKENS, measure_sensitivities, split_windows
+from ..rows import add_row, key_of, model_name, tokens_digest, weights_digest
+from ..sensitivities import Sensitivities
+from ..surgery import densify, sparsify
+from .rows import CompareRow, best_rows, read_rows
+from .settings import BYTES_SKIPPED, Setting, check_settings, make_settings
+
+__all__ = [
+    "BYTES_SKIPPED",
+    "FILE_NAME",
+    "CompareRow",
+    "Setting",
+    "Text",
+    "best_rows",
+    "check_settings",
+    "compare",
+    "make_settings",
+    "read_rows",
+]
+
+T = TypeVar("T")
+
+FILE_NAME = "compare.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids ``[N, L]`` and the name they go by in rows."""
+
+    name: str
+    windows: Tensor
+
+
+def compare(
+    model: Any,
+    calibration: Text,
+    heldout: Sequence[Text],
+    settings: Sequence[Setting],
+    *,
+    batch_size: int = 4,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> list[CompareRow]:
+    """Perplexity of ``model`` made sparse in every one of ``settings``, dense beside it.
+
+    Every token is thresholded. The dense model is scored once a text; a calibration is made once
+    for the exact gate and once for the preview, each only if a setting left to run needs it.
+    Allocations by sensitivities hold out the last windows of the calibration text (3,072 tokens,
+    at most half of it) to measure them on, for all settings alike; that costs as much as 30
+    evaluations of 20,000 tokens for each method and compensation.
+
+    Args:
+        model: a dense model; dense again afterwards, whatever happens.
+        calibration: text that thresholds come from.
+        heldout: texts to measure on, the first perhaps like ``calibration``, others unlike it.
+        settings: see :func:`make_settings`.
+        batch_size: windows a forward pass, halved for as long as memory is too small.
+        output: a folder, whose ``compare.jsonl`` each row is added to as soon as it is known. What
+            that holds already for the same weights, tokens and setting is not run again.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A row for each setting and text, in the order of ``settings``.
+
+    Raises:
+        CatsparseError: a budget cannot be reached, two texts are the same, ``compare.jsonl`` holds
+            something else, or what calibration and evaluation refuse.
+    """
+    check_settings(model, settings)
+    run = _Run(model, calibration, heldout, settings, batch_size, output, progress)
+    with progress_bar(progress) as bar:
+        run.run(bar)
+    return [run.known[run.key(s, text)] for s in settings for text in heldout]
+
+
+class _Run:
+    """One comparison under way: what is known already, calibrations, dense results."""
+
+    def __init__(
+        self,
+        model: Any,
+        calibration: Text,
+        heldout: Sequence[Text],
+        settings: Sequence[Setting],
+        batch_size: int,
+        output: str | Path | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.text, self.heldout = model, calibration, heldout
+        self.settings, self.batch_size, self.progress = settings, batch_size, progress
+        self.folder = None if output is None else Path(output)
+        windows = calibration.windows
+        probing = any(s.allocation != "uniform" for s in settings)
+        held_out = max(1, TOKENS // windows.shape[1]) if probing else 0
+        self.windows, self.probe = split_windows(windows, held_out)
+        self.probe_digest = tokens_digest(self.probe)
+        self.digests = [tokens_digest(text.windows) for text in heldout]
+        if len({*self.digests}) < len(heldout) or len({text.name for text in heldout}) < len(
+            heldout
+        ):
+            raise CatsparseError("two of the texts to measure on are the same; name another")
+        self.of_all = [weights_digest(model), tokens_digest(self.windows)]
+        rows = [] if self.folder is None else read_rows(self.folder / FILE_NAME)
+        self.known = {row.key: row for row in rows}
+        self.calibrations: dict[int | None, Calibration] = {}
+        self.checkpoints: list[Path] = []
+        self.tables: dict[tuple[str, bool], Sensitivities] = {}
+        self.dense: dict[str, Perplexity] = {}
+
+    def key(self, s: Setting, text: Text) -> str:
+        digest = self.digests[self.heldout.index(text)]
+        probe = None if s.allocation == "uniform" else self.probe_digest
+        setting = (s.method, s.compensate, s.preview, s.allocation, s.bytes_skipped)
+        return key_of(*self.of_all, digest, probe, *setting)
+
+    def left(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[Text]]]:
+        """The settings not known on every text, with the texts where they are not."""
+        pairs = [
+            (s, [t for t in self.heldout if self.key(s, t) not in self.known]) for s in settings
+        ]
+        return [(s, texts) for s, texts in pairs if texts]
+
+    def run(self, bar: Progress) -> None:
+        left = self.left(self.settings)
+        needed = [text for text in self.heldout if any(text in texts for _, texts in left)]
+        evaluated = [*needed, *itertools.chain.from_iterable(texts for _, texts in left)]
+        line = bar.add_task("comparing", total=sum(text.windows.numel() for text in evaluated))
+        for preview in dict.fromkeys(s.preview for s, _ in left):
+            self._calibrate(bar, preview)
+        for text in needed:
+            self.dense[text.name] = self._fitting(
+                partial(perplexity, self.model, text.windows, progress=False)
+            )
+            bar.advance(line, text.windows.numel())
+        for s, texts in left:
+            calibration = self.calibrations[s.preview]
+            if s.allocation != "uniform":
+                calibration = replace(calibration, sensitivities=self._table(bar, s))
+            bar.update(line, description=f"{s.method} at {s.bytes_skipped:.1%} bytes")
+            self._measure(s, calibration, texts, bar, line)
+        for checkpoint in self.checkpoints:
+            checkpoint.unlink(missing_ok=True)
+
+    def _calibrate(self, bar: Progress, preview: int | None) -> None:
+        # Kept until the last row is there: an interrupted run then only reads it.
+        checkpoint = self._checkpoint("calibration", preview)
+        bar.stop()  # it has a bar of its own
+        self.calibrations[preview] = calibrate(
+            self.model,
+            self.windows,
+            batch_size=self.batch_size,
+            data_name=self.text.name,
+            checkpoint=checkpoint,
+            progress=self.progress,
+            preview=preview,
+            keep_checkpoint=True,
+        )
+        if checkpoint is not None:
+            self.checkpoints.append(checkpoint)
+        bar.start()
+
+    def _table(self, bar: Progress, s: Setting) -> Sensitivities:
+        """Measured when the first setting needs it, so that rows come as early as they can."""
+        kind = (s.method, s.compensate)
+        if kind not in self.tables:
+            bar.stop()
+            self.tables[kind] = measure_sensitivities(
+                self.model,
+                self.calibrations[s.preview],
+                self.probe,
+                s.method,
+                s.compensate,
+                checkpoint=self._checkpoint("sensitivities", s.preview, *kind),
+                progress=self.progress,
+            )
+            bar.start()
+        return self.tables[kind]
+
+    def _checkpoint(self, what: str, *parts: object) -> Path | None:
+        """Named after its run, so that another run's is never in the way."""
+        if self.folder is None:
+            return None
+        key = key_of(*self.of_all, self.probe_digest, self.batch_size, *parts)
+        return self.folder / f".{what}-{key}.partial.safetensors"
+
+    def _measure(
+        self, s: Setting, calibration: Calibration, texts: list[Text], bar: Progress, line: TaskID
+    ) -> None:
+        sparsify(
+            self.model,
+            calibration,
+            method=s.method,
+            compensate=s.compensate,
+            bytes_skipped=s.bytes_skipped,
+            allocation=s.allocation,
+        )
+        try:
+            for text in texts:
+                dense = self.dense[text.name]
+                e = self._fitting(
+                    partial(evaluate, self.model, text.windows, progress=False, dense=dense)
+                )
+                row = self._row(s, text, e, calibration)
+                self.known[row.key] = row
+                if self.folder is not None:
+                    add_row(self.folder / FILE_NAME, row)
+                bar.advance(line, text.windows.numel())
+        finally:
+            densify(self.model)
+
+    def _fitting(self, work: Callable[[int], T]) -> T:
+        def attempt(size: int) -> T:
+            self.batch_size = size  # what did not fit once is not tried again
+            return work(size)
+
+        return while_it_fits(self.batch_size, attempt)
+
+    def _row(self, s: Setting, text: Text, e: Evaluation, calibration: Calibration) -> CompareRow:
+        return CompareRow(
+            model=model_name(self.model),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=self.model.device.type,
+            method=s.method,
+            compensate=s.compensate,
+            preview=s.preview,
+            allocation=s.allocation,
+            target=s.bytes_skipped,
+            bytes_skipped=e.bytes_skipped,
+            sparsity=e.sparsity,
+            perplexity=e.perplexity.value,
+            perplexity_se=_finite(e.perplexity.standard_error),
+            dense_perplexity=e.dense_perplexity.value,
+            dense_perplexity_se=_finite(e.dense_perplexity.standard_error),
+            rise=e.rise,
+            rise_se=_finite(e.rise_standard_error),
+            tokens=e.tokens,
+            heldout=text.name,
+            calibration=self.text.name,
+            calibration_tokens=calibration.provenance.tokens,
+            seq_len=text.windows.shape[1],
+            prefill="masked",
+            key=self.key(s, text),
+            versions={
+                "catsparse": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

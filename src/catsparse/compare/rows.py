@@ -1,0 +1,91 @@
+"""Results of a comparison as rows of a jsonl file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CatsparseError
+from ..rows import read_lines
+
+
+@dataclass(frozen=True)
+class CompareRow:
+    """One setting measured on one text, a line of the file.
+
+    Attributes:
+        model: the dense model. dtype, device: that it ran in and on.
+        method, compensate, preview, allocation: how it was made sparse.
+        target: fraction of the MLPs' weight bytes asked not to be read.
+        bytes_skipped: the fraction measured on the text. sparsity: neurons dropped there.
+        perplexity, dense_perplexity: with their standard errors ``..._se`` (None: of a single
+            window there is none).
+        rise: perplexity over dense perplexity, less 1. rise_se: of it, from paired windows.
+        tokens: scored. heldout: the text's name.
+        calibration, calibration_tokens: the text that thresholds come from.
+        seq_len: length of the windows of ``heldout``.
+        prefill: ``masked``: every token was thresholded.
+        key: alike for the same weights, tokens and setting.
+        versions: of the packages.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    method: str
+    compensate: bool
+    preview: int | None
+    allocation: str
+    target: float
+    bytes_skipped: float
+    sparsity: float
+    perplexity: float
+    perplexity_se: float | None
+    dense_perplexity: float
+    dense_perplexity_se: float | None
+    rise: float
+    rise_se: float | None
+    tokens: int
+    heldout: str
+    calibration: str
+    calibration_tokens: int
+    seq_len: int
+    prefill: str
+    key: str
+    versions: dict[str, str]
+
+
+def read_rows(path: Path) -> list[CompareRow]:
+    """The rows of a file; none if there is no such file.
+
+    Raises:
+        CatsparseError: it cannot be read, or holds something else.
+    """
+    return [_row_from(raw, where) for raw, where in read_lines(path)]
+
+
+def best_rows(rows: Sequence[CompareRow]) -> set[str]:
+    """Keys of the rows of least rise, one for each text and budget."""
+    best: dict[tuple[str, float], CompareRow] = {}
+    for row in rows:
+        group = (row.heldout, row.target)
+        if group not in best or row.rise < best[group].rise:
+            best[group] = row
+    return {row.key for row in best.values()}
+
+
+def _row_from(raw: Any, where: str) -> CompareRow:
+    numbers = ("target", "bytes_skipped", "sparsity", "perplexity", "rise", "tokens")
+    names = {field.name for field in fields(CompareRow)}
+    if (
+        not isinstance(raw, dict)
+        or raw.keys() != names
+        or not all(isinstance(raw[name], int | float) for name in numbers)
+        or not all(
+            isinstance(raw[name], str) for name in ("method", "allocation", "key", "heldout")
+        )
+    ):
+        raise CatsparseError(f"{where} is no row of 'catsparse compare'; name another folder")
+    return CompareRow(**raw)
