@@ -88,7 +88,10 @@ def test_settings_refused(options: dict[str, Any], word: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (Setting("cats", True, None, "uniform", 0.7), "method cats: bytes_skipped is 0.7; with the exact gate"),
+        (
+            Setting("cats", True, None, "uniform", 0.7),
+            "method cats: bytes_skipped is 0.7; with the exact gate",
+        ),
         (Setting("product", True, 4, "uniform", 0.8), "method product: .*4-bit preview"),
         (Setting("energy", True, None, "optimal", 0.66), "method energy, optimal: "),
         (Setting("energy", True, None, "uniform", -0.1), "method energy: "),
