@@ -334,10 +334,9 @@ def test_plot(rows: list[CompareRow], tmp_path: Path) -> None:
         own = [r for r in rows if (r.method, r.compensate, r.heldout) == ("cats", True, name)]
         assert list(line.get_xdata()) == [row.bytes_skipped for row in own]
         assert list(line.get_ydata()) == [row.rise for row in own]
-    higher = compare_figure([row | {"rise": 0.1} for row in dicts])
-    assert higher.axes[0].get_yscale() == "log"
-    lower = compare_figure([row | {"rise": -0.1, "rise_se": None} for row in dicts])
-    assert lower.axes[0].get_yscale() == "linear"
+    one_window = compare_figure([row | {"rise": -0.1, "rise_se": None} for row in dicts])
+    low, high = one_window.axes[0].get_ylim()
+    assert low < -0.1 < high
     paths = plot_compare(dicts, tmp_path)
     assert sorted(path.name for path in paths) == ["compare.png", "compare.svg"]
     assert all(path.stat().st_size > 5000 for path in paths)

@@ -149,8 +149,8 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
         axis.set_title(f"{rows[0]['model']} on {text}", loc="left", fontsize=8.5)
         axis.set_xlabel("MLP bytes skipped")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        if all(row["rise"] > 0 for row in rows):  # from a percent to a doubling in one view
-            axis.set_yscale("log")
+        # From a percent to a doubling in one view; what does not rise, too.
+        axis.set_yscale("symlog", linthresh=0.01)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         _plain(axis)
     axes[0].set_ylabel("rise of perplexity")
