@@ -19,35 +19,16 @@ from catsparse.cli.common import summarize_paths
 from catsparse.kernels import Backend
 from catsparse.surgery import model_paths
 from catsparse.text import Written
+from command import call, run
 
 SMALL = ["--tokens", "4096", "--seq-len", "256"]
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``catsparse ARGS``."""
-    old = sys.argv
-    sys.argv = ["catsparse", *map(str, args)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 50%, made by the command itself."""
     directory = tmp_path_factory.mktemp("cli") / "half"
-    old = sys.argv
-    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    assert stop.value.code == 0
+    assert call("sparsify", "-o", directory, *SMALL) == 0
     return directory
 
 
@@ -57,7 +38,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
     code, text, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("sparsify", "evaluate", "generate", "chat", "info", "plot", "demo"):
+    for command in ("sparsify", "evaluate", "compare", "generate", "chat", "info", "plot", "demo"):
         assert command in text
 
 
@@ -339,11 +320,7 @@ BUDGET = ["--bytes-skipped", "0.4", "--allocation", "optimal"]
 @pytest.fixture(scope="module")
 def allocated(short_probes: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "allocated"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["catsparse", "sparsify", "-o", str(directory), *SMALL, *BUDGET])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    assert stop.value.code == 0
+    assert call("sparsify", "-o", directory, *SMALL, *BUDGET) == 0
     return directory
 
 
@@ -582,15 +559,9 @@ def test_bench_refuses_bad_input(
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model: a 4-bit preview drops half, 65% of the down rows are unread."""
     directory = tmp_path_factory.mktemp("cli") / "twice"
-    old = sys.argv
-    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
-    sys.argv += ["--preview", "4", "--down-sparsity", "0.65"]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    assert stop.value.code == 0
+    assert (
+        call("sparsify", "-o", directory, *SMALL, "--preview", "4", "--down-sparsity", "0.65") == 0
+    )
     return directory
 
 
@@ -668,15 +639,7 @@ def test_what_the_saved_calibration_has_not(
 def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model: a 4-bit preview of the product drops 60%, asked for by --preview alone."""
     directory = tmp_path_factory.mktemp("cli") / "products"
-    old = sys.argv
-    sys.argv = ["catsparse", "sparsify", "-o", str(directory), *SMALL]
-    sys.argv += ["--preview", "4", "--sparsity", "0.6"]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    assert stop.value.code == 0
+    assert call("sparsify", "-o", directory, *SMALL, "--preview", "4", "--sparsity", "0.6") == 0
     return directory
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import catsparse
-from catsparse import CatsparseError, cli, tasks
+from catsparse import CatsparseError, tasks
 from catsparse.modules import sparse_modules
 from catsparse.tasks import TaskRow, evaluate_tasks, read_rows
 from catsparse.tasks.local import read_task
 from catsparse.tasks.scoring import encode_pairs
+from command import run
 from letters import Letters
 from test_tasks_scoring import by_plain_loop
 from tiny import build, calibrate, llama_config, masked_by_hand
@@ -366,18 +367,6 @@ def test_no_dropout_and_flags_that_come_back(folder: Path) -> None:
 # -- the command
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    old = sys.argv
-    sys.argv = ["catsparse", "evaluate", *map(str, args)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 50%."""
@@ -395,7 +384,7 @@ def test_the_command_prints_both_and_keeps_rows(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     options = ["--tasks", "blimp,lambada", "--tasks-data", folder, "-o", path]
-    code, text, error = run(capsys, artifact, *options)
+    code, text, error = run(capsys, "evaluate", artifact, *options)
     assert code == 0
     for part in ("blimp", "lambada", "average", "difference", "masked", "of neurons"):
         assert part in text
@@ -403,7 +392,7 @@ def test_the_command_prints_both_and_keeps_rows(
     assert max(map(len, text.split("\n"))) <= 80
     rows = read_rows(path)
     assert [row.model for row in rows] == ["default"] * 4
-    code, text, _ = run(capsys, artifact, *options, "--json")
+    code, text, _ = run(capsys, "evaluate", artifact, *options, "--json")
     result = json.loads(text)
     assert code == 0
     assert result["model"] == str(artifact)
@@ -415,7 +404,7 @@ def test_the_command_prints_both_and_keeps_rows(
 
 def test_the_command_on_a_dense_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tasks", "piqa", "--tasks-data", folder, "--limit", 3, "--batch-size", 2]
-    code, text, _ = run(capsys, *options)
+    code, text, _ = run(capsys, "evaluate", *options)
     assert code == 0
     assert "piqa" in text
     assert "sparse" not in text
@@ -424,7 +413,8 @@ def test_the_command_on_a_dense_model(folder: Path, capsys: pytest.CaptureFixtur
 def test_perplexity_names_its_policy(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--tokens", 1024, "--seq-len", 256, "--json"]
     auto, one = (
-        json.loads(run(capsys, artifact, *small, "--batch-size", size)[1]) for size in ("auto", "1")
+        json.loads(run(capsys, "evaluate", artifact, *small, "--batch-size", size)[1])
+        for size in ("auto", "1")
     )
     assert auto["prefill"] == one["prefill"] == "masked"
     assert auto["perplexity"] == pytest.approx(one["perplexity"], rel=1e-2)
@@ -448,7 +438,7 @@ def test_bad_input_is_one_sentence_and_exit_2(
     args: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = [str(folder) if arg == "FOLDER" else arg for arg in args]
-    code, text, error = run(capsys, *args)
+    code, text, error = run(capsys, "evaluate", *args)
     assert code == 2
     assert text == ""
     assert says in error
