@@ -13,6 +13,7 @@ from torch import Tensor
 
 from catsparse.decoding import fused, structure
 from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
+from catsparse.kernels.cuda import AUTO_TOKENS
 from catsparse.kernels.stream import Norm
 from catsparse.modules import SparseMLP
 
@@ -94,5 +95,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("why_not_cuda", "why_not_linear", "why_not_sizes"):
         monkeypatch.setattr(structure, name, lambda *_: None)
     monkeypatch.setattr(fused, "why_not_sizes", lambda *_: None)
-    choice = Choice(Backend.CUDA, 4, "stands in for a GPU")
-    monkeypatch.setattr(SparseMLP, "choose_backend", lambda *_: choice)
+
+    def choose(module: SparseMLP, *_: Any) -> Choice:
+        dtype = next(module.parameters()).dtype
+        return Choice(Backend.CUDA, AUTO_TOKENS[dtype], "stands in for a GPU")
+
+    monkeypatch.setattr(SparseMLP, "choose_backend", choose)

@@ -32,6 +32,7 @@ from catsparse.decoding.fused import FusedStep
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
 from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
+from catsparse.kernels.cuda import AUTO_TOKENS
 from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import run_dense
 from tiny import SMALL, build, calibrate, llama_config, tokens
@@ -154,7 +155,10 @@ def test_preview_and_second_decision(
     assert module.catsparse_preview is not None
 
 
-@pytest.mark.parametrize(("batch", "in_use"), [(1, True), (7, False)])
+# Above it torch's matmuls read everything anyway.
+@pytest.mark.parametrize(
+    ("batch", "in_use"), [(1, True), (5, True), (AUTO_TOKENS[torch.float32] + 1, False)]
+)
 def test_many_sequences_are_decided_by_the_exact_gate(
     batch: int, in_use: bool, device: str
 ) -> None:
@@ -166,7 +170,7 @@ def test_many_sequences_are_decided_by_the_exact_gate(
         assert (weights.preview is not None) == (weights.preview_scale is not None) == in_use
 
 
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("batch", [1, 7, 9])
 def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", device)
     calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
@@ -174,8 +178,9 @@ def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch
     assert model.catsparse.config.method == "product"
     calls = noted(monkeypatch)
     check(model, tokens(batch, 30))
-    if batch == 1:  # with more the step has torch's matmuls, and the exact product decides
-        assert calls[-1].previews_products
+    in_use = batch <= AUTO_TOKENS[torch.float32]
+    assert all((w.preview is not None) == in_use for w in last_step(model)._mlps)
+    assert not calls or calls[-1].previews_products
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu")], indirect=True)

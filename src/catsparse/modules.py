@@ -113,8 +113,8 @@ class SparseMLP(Children):
                 self._catsparse_down_t is not None or may_copy(w_down)
             ):
                 w_down_t = self.down_transposed()
-            if choice is not None and x.numel() > choice.kernel_tokens * x.shape[-1]:
-                preview = scale = None  # dense matmuls read all anyway: let that decide
+            if not self.previews(x.numel() // x.shape[-1]):
+                preview = scale = None
         if preview is None and self.catsparse_of_products:
             # On the exact product decides a second decision, behind a gate that keeps all.
             threshold, product = threshold.new_full((), -1.0), threshold
@@ -131,6 +131,12 @@ class SparseMLP(Children):
             preview,
             scale,
         )
+
+    def previews(self, tokens: int) -> bool:
+        """Whether a preview, if there is one, decides in a call of so few tokens: not where dense
+        matmuls of the op read all anyway."""
+        choice = self._catsparse_choice
+        return choice is None or not choice.kernel_tokens < tokens <= choice.op_tokens
 
     def prepare_decode(self) -> None:
         """Make what few-token calls need of the weights, before a forward that cannot."""

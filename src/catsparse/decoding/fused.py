@@ -165,8 +165,8 @@ class FusedStep:
         if not module.catsparse_enabled:
             return _Weights(down_t, self._keep_all)
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
-        if preview is not None and not (self._few and self._takes_preview(mlp, preview)):
-            preview = scale = None  # of many sequences all is read anyway: the exact weights decide
+        if preview is not None and not self._takes_preview(mlp, preview):
+            preview = scale = None  # the exact weights decide, as in the module
         threshold, product = module.catsparse_threshold, module.catsparse_product_threshold
         if preview is None and module.catsparse_of_products:
             threshold, product = self._keep_all, threshold  # a second decision on the exact product
@@ -174,7 +174,9 @@ class FusedStep:
         return _Weights(down_t, threshold, *compensation, product, preview, scale)
 
     def _takes_preview(self, mlp: Mlp, preview: Tensor) -> bool:
-        """Whether tiles of it fit into the kernel's shared memory beside all else."""
+        """Whether it decides for so many sequences, and its tiles fit into shared memory."""
+        if mlp.module is not None and not mlp.module.previews(len(self._x)):
+            return False
         neurons, hidden = mlp.gate.shape
         kind = preview_kind(preview, neurons, hidden)
         sizes = (hidden, neurons, mlp.down.shape[0])
