@@ -19,6 +19,8 @@ LAYERS = {
     "_version": 0,
     "errors": 0,
     "footprint": 0,
+    "strict_json": 0,
+    "files": 0,
     "config": 0,
     "data": 0,
     "kernels": 1,
@@ -129,18 +131,18 @@ def test_no_cycles_between_siblings() -> None:
         done |= ready
 
 
-@pytest.mark.parametrize("name", ["config", "errors", "_version"])
+@pytest.mark.parametrize("name", ["config", "errors", "files", "strict_json", "_version"])
 def test_lowest_layer_needs_the_standard_library_only(name: str) -> None:
     path = PACKAGE / f"{name}.py"
     assert outside_imports(path) <= sys.stdlib_module_names
-    assert own_imports(path) <= {"errors", "footprint"}
+    assert own_imports(path) <= {"errors", "footprint", "strict_json"}
 
 
 def test_report_imports_no_torch() -> None:
     path = PACKAGE / "report.py"
     assert not outside_imports(path) & {"torch", "transformers"}
     assert "safetensors.torch" not in {module for module, _ in imports(path)}
-    assert own_imports(path) <= {"config", "errors"}
+    assert own_imports(path) <= {"config", "errors", "files"}
 
 
 def test_kernels_know_no_models() -> None:

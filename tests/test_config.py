@@ -27,9 +27,9 @@ from catsparse.config import (
     Provenance,
     SiteConfig,
     SparsityConfig,
-    write_atomic,
 )
 from catsparse.errors import CatsparseError
+from catsparse.files import write_atomic
 from catsparse.kernels import make_preview
 from catsparse.kernels.preview import BITS
 

@@ -20,22 +20,20 @@ from .config import (
     GATE_METHODS,
     PRODUCT,
     Provenance,
-    build,
     check_choice,
     check_down_sparsity,
     check_method,
     check_preview,
     check_sparsity,
-    parse_json,
-    shorten,
-    write_atomic,
 )
 from .errors import CatsparseError
+from .files import write_atomic
 from .methods import SiteThreshold, product_threshold, site_threshold
 from .products import ProductStatistics
 from .sensitivities import Sensitivities, read_sensitivities
 from .sites import Site
 from .statistics import BINS, BUCKETS, SiteStatistics
+from .strict_json import build, parse_json, shorten
 
 # A statistics field: (dtype, shape as a function of the number of neurons).
 _Fields = dict[str, tuple[torch.dtype, Callable[[int], tuple[int, ...]]]]

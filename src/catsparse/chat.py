@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from torch import Tensor
 
-from .config import first_sentence
 from .errors import CatsparseError
 from .modules import sparse_modules
+from .strict_json import first_sentence
 from .surgery import run_dense
 from .text import Dropped, Show, TextGenerator, Written, measure
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import CatsparseError
 from .footprint import bytes_skipped
+from .strict_json import build, parse_json, shorten
 
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
@@ -259,84 +256,9 @@ def check_preview(bits: int | None) -> None:
         raise CatsparseError(f"preview must be {choices} bits or None, not {shorten(bits)}")
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary)`` beside ``path``, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(default_mode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def default_mode() -> int:
-    """Permissions of an ordinary new file: a temporary file's 0600 would hide a shared one."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """``value`` as one short printable line: what a file or a caller gave may be anything."""
-    text = " ".join(str(value)[: 4 * limit].split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def first_sentence(error: Exception) -> str:
-    """What another library says, cut to its first sentence and to one printable line."""
-    sentence = re.split(r"[.!?]\s", str(error).strip() + " ", maxsplit=1)[0]
-    return shorten(sentence, 200) or type(error).__name__
-
-
-def parse_json(text: str, source: str) -> object:
-    """Strict JSON: no NaN, no infinity.
-
-    Raises:
-        CatsparseError: it is not JSON, or nested too deeply.
-    """
-    try:
-        value: object = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CatsparseError(
-            f"{source} is not readable JSON ({shorten(error)}); save it again"
-        ) from error
-    return value
-
-
 def _check_fraction(what: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise CatsparseError(f"{what} is {value}; it must lie between 0 and 1")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise CatsparseError(f"{where} is not a finite number; save it again")
-    return number
-
-
-_PARTS: dict[str, type] = {"base_model": BaseModel, "calibration": Provenance}
-_PRIMITIVES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "bool": (bool,),
-}
 
 
 # Keys that a file of format version 1 has not.
@@ -364,36 +286,3 @@ def _upgrade(raw: dict[str, Any], source: str) -> dict[str, Any]:
             for name, site in sites.items()
         }
     return raw
-
-
-def build(cls: type, raw: object, where: str) -> Any:
-    """Build dataclass ``cls`` from parsed JSON, refusing unknown, missing and ill-typed keys."""
-    if not isinstance(raw, dict):
-        raise CatsparseError(f"{where} must be a JSON object, not {type(raw).__name__}")
-    known = {f.name: f for f in fields(cls)}
-    if unknown := sorted(set(raw) - set(known)):
-        shown = ", ".join(repr(key[:40]) for key in unknown[:3])
-        raise CatsparseError(
-            f"{where} has unknown keys ({shown}{', ...' if len(unknown) > 3 else ''}); "
-            "remove them or upgrade catsparse"
-        )
-    if missing := sorted(set(known) - set(raw)):
-        raise CatsparseError(f"{where} lacks {', '.join(missing)}; save it again")
-    values: dict[str, Any] = {}
-    for name, value in raw.items():
-        here = f"{where}: {name}"
-        if name == "sites":
-            if not isinstance(value, dict):
-                raise CatsparseError(f"{here} must be a JSON object")
-            values[name] = {
-                key: build(SiteConfig, site, f"{here}: {shorten(key)}")
-                for key, site in value.items()
-            }
-        elif name in _PARTS:
-            values[name] = None if value is None else build(_PARTS[name], value, here)
-        else:
-            kinds = _PRIMITIVES[str(known[name].type)]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise CatsparseError(f"{here} must be {known[name].type}, not {shorten(value)!r}")
-            values[name] = _number(value, here) if float in kinds and value is not None else value
-    return cls(**values)

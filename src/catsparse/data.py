@@ -18,8 +18,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from .config import shorten
 from .errors import CatsparseError
+from .strict_json import shorten
 
 # Documents held for shuffling, in characters: bounds memory on data sets of any size.
 _MAX_CHARACTERS = 2**28

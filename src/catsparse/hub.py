@@ -23,18 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from .calibration import Calibration
-from .config import (
-    CALIBRATION_NAME,
-    CONFIG_NAME,
-    SiteConfig,
-    SparsityConfig,
-    default_mode,
-    first_sentence,
-    shorten,
-)
+from .config import CALIBRATION_NAME, CONFIG_NAME, SiteConfig, SparsityConfig
 from .errors import CatsparseError
+from .files import default_mode
 from .methods import SiteThreshold
 from .modules import sparse_modules
+from .strict_json import first_sentence, shorten
 from .surgery import apply_thresholds, densify, state_of
 
 DEFAULT_MODEL = "default"

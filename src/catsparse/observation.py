@@ -30,10 +30,10 @@ from .config import (
     check_choice,
     check_preview,
     check_sparsity,
-    write_atomic,
 )
 from .data import pack_texts
 from .errors import CatsparseError
+from .files import write_atomic
 from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
 from .sites import NearMiss, Site, describe, find_sites

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibration import Calibration
-from .config import shorten, write_atomic
 from .errors import CatsparseError
+from .files import write_atomic
 from .methods import SiteThreshold
 from .modules import sparse_modules
 from .observation import evaluating
 from .sensitivities import Sensitivities, check_grid
+from .strict_json import shorten
 from .surgery import densify, sparsify
 
 # Closer where losses rise fast. 32 MLPs at 6 sparsities on 3,072 tokens, and the dense passes, are

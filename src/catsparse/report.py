@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .config import CALIBRATION_NAME, CONFIG_NAME, SparsityConfig, write_atomic
+from .config import CALIBRATION_NAME, CONFIG_NAME, SparsityConfig
 from .errors import CatsparseError
+from .files import write_atomic
 
 _INK, _MUTED, _FILL, _MARK = "#1f2430", "#8a90a0", "#9db4d6", "#c4472d"
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import parse_json, shorten, write_atomic
 from .errors import CatsparseError
+from .files import write_atomic
+from .strict_json import parse_json, shorten
 from .surgery import base_model_of
 
 

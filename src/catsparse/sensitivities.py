@@ -14,8 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .config import METHODS, build, check_choice, check_preview, parse_json, shorten
+from .config import METHODS, check_choice, check_preview
 from .errors import CatsparseError
+from .strict_json import build, parse_json, shorten
 
 KEY = "catsparse.sensitivities"  # of the file's metadata
 

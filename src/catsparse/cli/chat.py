@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import shorten, write_atomic
 from ..errors import CatsparseError
+from ..files import write_atomic
+from ..strict_json import shorten
 from .common import Compile, Device, Dtype, Json, Model, Seed, err, load, summarize_paths
 
 if TYPE_CHECKING:  # these bring torch, which --help does not need

@@ -17,13 +17,13 @@ import transformers
 from rich.progress import Progress
 
 from .._version import __version__
-from ..config import shorten
 from ..errors import CatsparseError
 from ..judge import progress_bar, scored_sparse, while_it_fits
 from ..meter import SparsityMeter
 from ..modules import sparse_modules
 from ..observation import evaluating
 from ..rows import add_row, key_of, model_name, weights_digest
+from ..strict_json import shorten
 from ..surgery import run_dense, state_of
 from . import harness
 from .local import LOCAL_TASKS, LocalTask, find_file, judge_task, read_task

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..config import first_sentence, shorten
 from ..errors import CatsparseError
 from ..judge import standard_error
+from ..strict_json import first_sentence, shorten
 from .rows import Outcome
 from .scoring import Batch, context_window, is_truncated, loglikelihoods
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..config import parse_json, shorten
 from ..errors import CatsparseError
 from ..judge import standard_error
+from ..strict_json import parse_json, shorten
 from .rows import Outcome
 from .scoring import Pair, Score
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import shorten
 from ..errors import CatsparseError
+from ..strict_json import shorten
 
 Pair = tuple[str, str]  # context, continuation
 Tokens = list[int]
