@@ -12,9 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catsparse.decoding import fused, structure
-from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
+from catsparse.kernels import (
+    Backend,
+    Call,
+    Choice,
+    gated_mlp_reference,
+    sparse_linear_reference,
+)
 from catsparse.kernels.cuda import AUTO_TOKENS
 from catsparse.kernels.stream import Norm
+from catsparse.linears import SparseLinear
 from catsparse.modules import SparseMLP
 
 
@@ -86,18 +93,34 @@ def launch(call: Call, norm: Norm | None, residual: Tensor, out: Tensor, early: 
     return out.copy_(residual + gated_mlp_reference(*call._replace(x=rms(call.x, norm))))
 
 
+def launch_sparse_linear(
+    x: Tensor,
+    weights_t: Sequence[Tensor],
+    threshold: Tensor,
+    mean: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    weight_t = torch.cat(list(weights_t), dim=1)
+    y = sparse_linear_reference(rms(x, norm), weight_t, threshold, mean, bias)
+    return out.copy_(y if residual is None else residual + y)
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put them in the kernels' place, and let every layer pass for one on a GPU."""
-    for kernel in (linear, attention, launch):
+    for kernel in (linear, attention, launch, launch_sparse_linear):
         monkeypatch.setattr(fused, kernel.__name__, kernel)
     scratch = SimpleNamespace(partial=torch.empty(0))
     monkeypatch.setattr(fused, "Scratch", SimpleNamespace(make=lambda *_: scratch))
-    for name in ("why_not_cuda", "why_not_linear", "why_not_sizes"):
+    for name in ("why_not_cuda", "why_not_linear", "why_not_sizes", "why_not_sparse_linear"):
         monkeypatch.setattr(structure, name, lambda *_: None)
     monkeypatch.setattr(fused, "why_not_sizes", lambda *_: None)
 
-    def choose(module: SparseMLP, *_: Any) -> Choice:
+    def choose(module: SparseMLP | SparseLinear, *_: Any) -> Choice:
         dtype = next(module.parameters()).dtype
         return Choice(Backend.CUDA, AUTO_TOKENS[dtype], "stands in for a GPU")
 
     monkeypatch.setattr(SparseMLP, "choose_backend", choose)
+    monkeypatch.setattr(SparseLinear, "choose_backend", choose)

@@ -218,8 +218,8 @@ def test_reach_with_a_preview() -> None:
     sites = of_sizes(64, preview=4).sites
     low = bytes_skipped(0.0, None, 4, 128, 2)
     assert low < 0
-    assert check_reachable(sites, Read(4, False, 2), low) == 0.0
-    assert check_reachable(sites, Read(4, False, 2), 0.8) > 0.8
+    assert check_reachable(sites, Read(4, False, 2), low) == {"mlp0": 0.0}
+    assert check_reachable(sites, Read(4, False, 2), 0.8)["mlp0"] > 0.8
     with pytest.raises(CatsparseError, match="with a 4-bit preview deciding it can be"):
         check_reachable(sites, Read(4, False, 2), 1.0)
 

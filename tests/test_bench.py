@@ -16,7 +16,7 @@ from torch import Tensor
 import catsparse
 import tiny
 from catsparse import CatsparseError, bench, modules
-from catsparse.bench import decode, op, peers, rows, shapes
+from catsparse.bench import checks, decode, op, peers, rows, shapes
 from catsparse.footprint import preview_bytes
 from catsparse.kernels import gated_mlp_reference
 from catsparse.modules import sparse_modules
@@ -435,7 +435,7 @@ def test_a_batch_needs_a_longer_run_than_the_one_taken_off(sparse_model: Any) ->
 
 
 def test_the_union_of_a_step() -> None:
-    union = decode._Union(2)
+    union = checks._Union(2)
     for keep in (
         torch.tensor([[[True, False, False, True]], [[True, True, False, False]]]),
         torch.ones(1, 5, 4, dtype=torch.bool),  # a prompt's tokens

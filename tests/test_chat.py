@@ -273,7 +273,7 @@ def test_piped_text_and_notes(run: Run, tmp_path: Path) -> None:
     assert "\x1b" not in text + error
     for part in ("5 tokens, ", "tokens/s, the first after ", "context ", "of 512, "):
         assert part in error
-    assert error.count("of neurons dropped") == 2  # the status and /stats
+    assert error.count(" dropped, ") == 2  # the status and /stats
     assert "decode " in error
     assert "/save FILE" in error
 

@@ -16,8 +16,8 @@ import torch
 import tiny
 from catsparse import Calibration, cli
 from catsparse.cli.common import summarize_paths
+from catsparse.explanation import model_paths
 from catsparse.kernels import Backend
-from catsparse.surgery import model_paths
 from catsparse.text import Written
 from command import call, run
 
@@ -147,7 +147,12 @@ def test_generate_stats(artifact: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
     shown = run(capsys, "generate", artifact, *prompt, "--stats")[1]
     assert shown.startswith("The captain looked" + result["text"] + "\n")
-    for part in ("4 tokens, first token after", "by MLP)", "of all that a step reads", "MLPs by"):
+    for part in (
+        "4 tokens, first token after",
+        "by layer)",
+        "of all that a step reads",
+        "they run by",
+    ):
         assert part in shown
 
 
@@ -180,7 +185,7 @@ def test_paths_are_told_apart_where_they_differ(sparse_llama: Any) -> None:
     assert summarize_paths(paths) == one
     sparse_llama.model.layers[1].mlp.set_backend(Backend.TORCH, True)
     told = summarize_paths(model_paths(sparse_llama))
-    assert told == f"{one} in 1 of 2 MLPs; torch, dense matmuls (asked for) in 1 of 2 MLPs"
+    assert told == f"{one} in 1 of 2 layers; torch, dense matmuls (asked for) in 1 of 2 layers"
 
 
 def test_info_of_artifact_and_of_dense_model(
@@ -214,7 +219,7 @@ def test_plot_writes_png_and_svg(
     ("args", "says"),
     [
         (["sparsify", "-o", "OUT", "--sparsity", "1.5"], "below 1"),
-        (["sparsify", "-o", "OUT", "--method", "teal"], "cats, chess"),
+        (["sparsify", "-o", "OUT", "--method", "magic"], "cats, chess"),
         (["sparsify", "-o", "OUT", "--data", "absent.txt"], "absent.txt"),
         (["sparsify", "-o", "OUT", "--tokens", "100"], "window"),
         (["sparsify", "-o", "OUT", "--device", "nonsense"], "device"),
@@ -368,7 +373,7 @@ def test_another_budget_needs_no_model_pass(
         "--allocation", "optimal",
     )  # fmt: skip
     assert code == 0
-    assert "by MLP" in text
+    assert "of neurons dropped (" in text
 
 
 @pytest.mark.parametrize("how", [["--method", "chess"], ["--no-compensate"]])
@@ -574,7 +579,7 @@ def test_preview_and_second_decision_are_said(
     assert words in text
     assert "of down rows unread on the calibration tokens" in text
     told = json.loads(run(capsys, "info", twice, "--json")[1])
-    assert (told["preview"], told["down_sparsity"], told["format_version"]) == (4, 0.65, 2)
+    assert (told["preview"], told["down_sparsity"], told["format_version"]) == (4, 0.65, 3)
     assert told["measured_down_sparsity"] == pytest.approx(0.65, abs=0.01)
     assert told["bytes_skipped"] == pytest.approx((1 + 0.65) / 3 - 0.5625 / 6, abs=0.02)
 

@@ -15,9 +15,10 @@ import torch
 import catsparse
 from catsparse import CatsparseError, compare
 from catsparse.compare import CompareRow, Setting, Text, best_rows, make_settings, read_rows
+from catsparse.config import INPUT_METHODS, PRODUCT
 from catsparse.evaluate import evaluate
-from catsparse.modules import sparse_modules
 from catsparse.report import compare_figure, plot_compare
+from catsparse.surgery import sparse_layers
 from test_cli import run
 from tiny import build, llama_config, tokens
 
@@ -112,10 +113,10 @@ def test_unreachable_budgets_are_refused_before_any_work(
 def test_a_row_for_each_setting_and_text(rows: list[CompareRow]) -> None:
     settings = make_settings(bytes_skipped=BUDGETS)
     assert [
-        (Setting(r.method, r.compensate, r.preview, r.allocation, r.target), r.heldout)
+        (Setting(r.method, r.compensate, r.preview, r.allocation, r.target, r.scope), r.heldout)
         for r in rows
     ] == [(s, name) for s in settings for name in ("heldout", "drift")]
-    assert len({row.key for row in rows}) == len(rows) == 4 * 2 * 2 * 2
+    assert len({row.key for row in rows}) == len(rows) == 6 * 2 * 2 * 2
     for row in rows:
         assert row.prefill == "masked"
         assert (row.model, row.dtype, row.device) == ("LlamaForCausalLM", "float32", "cpu")
@@ -133,16 +134,21 @@ def test_budgets_are_met(rows: list[CompareRow]) -> None:
     for row in rows:
         assert row.bytes_skipped == pytest.approx(row.target, abs=0.06)
         read = 2 * 48 / (32 * 4) / 3 if row.method == "product" else 0.0
-        rate = 1.0 if row.method == "product" else 2 / 3
+        rate = 1.0 if row.method in (PRODUCT, *INPUT_METHODS) else 2 / 3
         assert row.bytes_skipped == pytest.approx(rate * row.sparsity - read, abs=1e-6)
 
 
-@pytest.mark.parametrize(("method", "preview"), [("cats", None), ("energy", None), ("product", 4)])
+@pytest.mark.parametrize(
+    ("method", "preview"), [("cats", None), ("energy", None), ("product", 4), ("teal", None)]
+)
 @pytest.mark.parametrize("compensate", [False, True])
 def test_rows_are_what_the_steps_give_by_hand(
     rows: list[CompareRow], llama: Any, method: str, preview: int | None, compensate: bool
 ) -> None:
-    calibration = catsparse.calibrate(llama, TRAIN.windows, preview=preview, progress=False)
+    inputs = "mlp" if method == "teal" else None
+    calibration = catsparse.calibrate(
+        llama, TRAIN.windows, preview=preview, progress=False, inputs=inputs
+    )
     catsparse.sparsify(llama, calibration, None, method, compensate, bytes_skipped=0.5)
     for text in (HELDOUT, DRIFT):
         e = evaluate(llama, text.windows, progress=False)
@@ -164,10 +170,10 @@ def test_each_step_is_taken_no_more_than_needed(llama: Any, calls: dict[str, int
     assert calls == {
         "calibrate": 2,
         "perplexity": 2,
-        "evaluate": 4 * 2 * 2 * 2,
+        "evaluate": 6 * 2 * 2 * 2,
         "measure_sensitivities": 0,
     }
-    assert not sparse_modules(llama)
+    assert not sparse_layers(llama)
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
@@ -288,7 +294,7 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(compare, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compared(llama, settings, output=tmp_path)
-    assert not sparse_modules(llama)
+    assert not sparse_layers(llama)
     assert len(read_rows(tmp_path / "compare.jsonl")) == 2
     (checkpoint,) = tmp_path.glob(".calibration-*")
     assert checkpoint.stat().st_size
@@ -329,7 +335,7 @@ def test_plot(rows: list[CompareRow], tmp_path: Path) -> None:
         f"LlamaForCausalLM on {name}" for name in ("heldout", "drift")
     ]
     for axis, name in zip(panels, ("heldout", "drift"), strict=True):
-        assert len(axis.containers) == 4 * 2
+        assert len(axis.containers) == 6 * 2
         line = axis.containers[1].lines[0]
         own = [r for r in rows if (r.method, r.compensate, r.heldout) == ("cats", True, name)]
         assert list(line.get_xdata()) == [row.bytes_skipped for row in own]
@@ -340,6 +346,13 @@ def test_plot(rows: list[CompareRow], tmp_path: Path) -> None:
     paths = plot_compare(dicts, tmp_path)
     assert sorted(path.name for path in paths) == ["compare.png", "compare.svg"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_scope_all_counts_all_linears(llama: Any) -> None:
+    settings = make_settings(["cats", "product", "wina"], [True], bytes_skipped=[0.4], scope="all")
+    for row in compared(llama, settings):
+        assert row.scope == "all"
+        assert row.bytes_skipped == pytest.approx(0.4, abs=0.06)
 
 
 # -- the command, on the bundled model

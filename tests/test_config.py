@@ -135,7 +135,8 @@ def test_method_product_needs_a_preview_and_nothing_else(
         of_products(**changes)
 
 
-NEW = ("preview", "down_sparsity", "measured_down_sparsity")
+NEW = ("preview", "down_sparsity", "measured_down_sparsity", "inputs", "scope")
+NEW_IN_3 = NEW[-2:]
 NEW_IN_SITES = ("product_threshold", "down_sparsity")
 
 
@@ -152,6 +153,14 @@ def version_1() -> dict[str, Any]:
 
 def test_version_1_is_read() -> None:
     assert SparsityConfig.from_json(json.dumps(version_1())) == example()
+
+
+def test_version_2_is_read() -> None:
+    raw = {k: v for k, v in payload().items() if k not in NEW_IN_3} | {"format_version": 2}
+    assert SparsityConfig.from_json(json.dumps(raw)) == example()
+    assert "unknown keys ('scope') for format version 2" in refusal(
+        json.dumps(raw | {"scope": "mlp"})
+    )
 
 
 @pytest.mark.parametrize("key", NEW)
@@ -349,7 +358,10 @@ def test_wrong_type_is_refused(path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("method", "teal", "cats, chess"),
+        ("method", "magic", "cats, chess"),
+        ("method", "teal", "do not go with method teal"),
+        ("scope", "all", "do not go with method"),
+        ("scope", "some", "mlp, all"),
         ("prefill", "none", "masked, dense"),
         ("sparsity", 1.0, "below 1"),
         ("sparsity", -0.1, "at least 0"),

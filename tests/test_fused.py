@@ -205,6 +205,40 @@ def test_method_product_where_no_tile_fits(device: str, monkeypatch: pytest.Monk
     assert calls[-1].product_threshold is not None
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3", "phi3"])
+@pytest.mark.parametrize("method", ["energy", "product"])
+def test_attention_inputs(name: str, method: str, batch: int, device: str) -> None:
+    """Of q, k, v and o in scope all: the same decisions as the layers' own, dense ones too."""
+    model = make(name, device)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for child in layer.self_attn.modules():
+                if getattr(child, "bias", None) is not None:
+                    child.bias.normal_()
+    calibration = catsparse.calibrate(
+        model,
+        tokens(8, 32, 7),
+        preview=4 if method == "product" else None,
+        progress=False,
+        inputs="attention",
+    )
+    catsparse.sparsify(model, calibration, 0.5, method, scope="all")
+    check(model, tokens(batch, 30))
+    assert all(None not in inputs for inputs in last_step(model)._inputs)
+    with run_dense(model):
+        check(model, tokens(batch, 30))
+
+
+def test_inputs_that_are_not_shared(device: str) -> None:
+    model = make("llama", device)
+    calibration = catsparse.calibrate(model, tokens(8, 32, 7), progress=False, inputs="attention")
+    catsparse.sparsify(model, calibration, 0.5, scope="all")
+    linear = model.model.layers[1].self_attn.k_proj
+    linear.set_threshold(linear.catsparse_threshold * 2, None)
+    assert "do not share their thresholds" in str(step_of(model))
+
+
 @pytest.mark.parametrize("batch", [2, 4, 7])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral, sliding"])
 def test_padded_batches(name: str, batch: int, device: str) -> None:

@@ -992,7 +992,7 @@ def to_version_1(folder: Path) -> None:
 
     def change(raw: dict[str, Any]) -> None:
         raw["format_version"] = 1
-        for key in ("preview", "down_sparsity", "measured_down_sparsity"):
+        for key in ("preview", "down_sparsity", "measured_down_sparsity", "inputs", "scope"):
             del raw[key]
         for part in raw["sites"].values():
             del part["product_threshold"], part["down_sparsity"]
@@ -1003,7 +1003,7 @@ def to_version_1(folder: Path) -> None:
     set_metadata("digest", hashlib.sha256(parts.encode()).hexdigest())(folder)
 
 
-def test_version_1_loads_and_is_saved_as_version_2(saved: Path, tmp_path: Path) -> None:
+def test_version_1_loads_and_is_saved_as_the_newest(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "old")
     to_version_1(folder)
     old, new = catsparse.load(folder), catsparse.load(saved)

@@ -13,6 +13,7 @@ import torch
 from catsparse.bench import gpu
 from catsparse.kernels import attention, cuda, linear, nvrtc, stream
 from catsparse.kernels.preview import PreviewKind
+from catsparse.kernels.sparse_linear_cuda import compile_sparse_linear
 from catsparse.kernels.tiles import find_tiles
 
 
@@ -58,7 +59,7 @@ def test_the_kernel_compiles(dtype: torch.dtype, hidden: int) -> None:
     for tokens, act in ((1, "silu"), (2, "gelu_tanh"), (4, "gelu"), (4, "relu")):
         code = cuda._compile(defines(tokens, hidden, dtype, act), "sm_90")
         assert code[:4] == b"\x7fELF"
-        assert b"gated_mlp_sum" in code
+        assert b"sum_partials" in code
 
 
 @pytest.mark.parametrize("hidden", [8192, 584])
@@ -67,6 +68,17 @@ def test_it_compiles_with_a_preview_and_a_second_decision(dtype: torch.dtype, hi
     eight, products = PreviewKind(8, products=False), PreviewKind(4, products=True)
     for tokens, second, kind in ((1, True, None), (2, False, eight), (4, True, products)):
         assert cuda._compile(defines(tokens, hidden, dtype, "silu", second, kind), "sm_90")
+
+
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("columns", [6144, 24])
+def test_the_sparse_linear_kernel_compiles(dtype: torch.dtype, tokens: int, columns: int) -> None:
+    row = columns * dtype.itemsize
+    plan = stream.find_plan(row, tokens)
+    code = compile_sparse_linear(dtype, tokens, row, plan, "sm_90")
+    assert b"sparse_linear" in code
+    assert b"sum_partials" in code
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)

@@ -322,6 +322,8 @@ def test_bad_options(llama: Any, calibration: Calibration, held_out: Tensor) -> 
     with pytest.raises(CatsparseError, match="must rise"):
         quiet(llama, calibration, held_out, sparsities=(0.5, 0.4))
     with pytest.raises(CatsparseError, match="method must be"):
+        quiet(llama, calibration, held_out, method="magic")
+    with pytest.raises(CatsparseError, match="calibrate again with inputs='mlp'"):
         quiet(llama, calibration, held_out, method="teal")
     assert is_dense(llama)
 

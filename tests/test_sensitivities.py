@@ -49,12 +49,24 @@ def test_curve_never_falls(losses: list[float]) -> None:
     values = one.curve("mlp0", torch.linspace(0, grid[-1], 400, dtype=torch.float64))
     assert float(values[0]) == 0
     assert float(values.diff().min()) >= -1e-12
-    assert float(values[-1]) == pytest.approx(max(losses))
+    level = torch.tensor(losses, dtype=torch.float64).cummax(0).values.tolist()
+    floor = max(0.0, level[0] - level[1] * (grid[0] / grid[1]) ** 2) if len(grid) > 1 else 0.0
+    assert float(values[-1]) == pytest.approx(max(losses) - floor)
 
 
 def test_dip_counts_as_level() -> None:
-    one = table([0.2, 0.1, 0.3])
-    assert one.curve("mlp0", at(0.3, 0.5)).tolist() == pytest.approx([0.2, 0.2])
+    one = table([0.1, 0.4, 0.3, 0.5], grid=(0.25, 0.5, 0.6, 0.9))
+    assert one.curve("mlp0", at(0.55, 0.6)).tolist() == pytest.approx([0.4, 0.4])
+
+
+def test_what_any_change_costs_is_taken_off() -> None:
+    """In bf16 a loss does not go to zero with the sparsity."""
+    exact = [s**3 for s in (0.05, *GRID)]
+    noisy = table([loss + 0.01 for loss in exact], grid=(0.05, *GRID))
+    found = noisy.curve("mlp0", at(0.05, *GRID))
+    expected = torch.tensor(exact, dtype=torch.float64)
+    assert float((found - expected).abs().max()) < 1e-3
+    assert torch.equal(table(exact, grid=(0.05, *GRID)).curve("mlp0", at(*GRID)), expected[1:])
 
 
 def test_interpolation_by_hand() -> None:
@@ -81,7 +93,7 @@ def test_grid_must_rise_between_0_and_1(grid: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"method": "teal"}, "method must be one of"),
+        ({"method": "magic"}, "method must be one of"),
         ({"preview": 3}, "preview must be"),
         ({"tokens": 0}, "at least one token"),
         ({"losses": {"a": torch.zeros(3)}}, "float32"),
@@ -115,14 +127,30 @@ def test_round_trip() -> None:
     one = table([0.1, 0.2, 1], [0, 0, 3], preview=8)
     tensors = one.tensors()
     assert set(tensors) == {"mlp0.sensitivity", "mlp1.sensitivity"}
-    again = read_sensitivities(one.metadata(), tensors.__getitem__, ["mlp0", "mlp1"], 8)
+    again = read_sensitivities(
+        one.metadata(), tensors.__getitem__, lambda method, scope: ["mlp0", "mlp1"], lambda _: 8
+    )
     assert again is not None
     assert all(torch.equal(again.losses[n], loss) for n, loss in one.losses.items())
     assert replace(again, losses={}) == replace(one, losses={})
 
 
+def read(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> Sensitivities | None:
+    return read_sensitivities(
+        metadata, tensors.__getitem__, lambda method, scope: ["mlp0"], lambda method: None
+    )
+
+
+def test_scope_is_kept_and_the_oldest_files_have_none() -> None:
+    one = replace(table([0.1, 0.2, 1]), scope="all")
+    assert (again := read(one.metadata(), one.tensors())) is not None
+    assert again.scope == "all"
+    assert (old := read({KEY: json.dumps(GOOD)}, one.tensors())) is not None
+    assert old.scope == "mlp"
+
+
 def test_file_without_a_table() -> None:
-    assert read_sensitivities({}, {}.__getitem__, ["mlp0"], None) is None
+    assert read({}, {}) is None
 
 
 GOOD = {"method": "energy", "compensate": True, "tokens": 64, "sparsities": list(GRID)}
@@ -149,7 +177,7 @@ GOOD = {"method": "energy", "compensate": True, "tokens": 64, "sparsities": list
 )
 def test_hostile_headers(header: str) -> None:
     tensors = table([0.1, 0.2, 1]).tensors()
-    assert read_sensitivities({KEY: json.dumps(GOOD)}, tensors.__getitem__, ["mlp0"], None)
+    assert read({KEY: json.dumps(GOOD)}, tensors)
     with pytest.raises(CatsparseError) as caught:
-        read_sensitivities({KEY: header}, tensors.__getitem__, ["mlp0"], None)
+        read({KEY: header}, tensors)
     assert "\n" not in str(caught.value)

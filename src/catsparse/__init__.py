@@ -12,12 +12,13 @@ from .calibration import Calibration
 from .config import SparsityConfig
 from .decoding import generate
 from .errors import CatsparseError
+from .explanation import explain
 from .hub import load, save
 from .meter import achieved_sparsity
 from .observation import calibrate
 from .probing import measure_sensitivities
 from .sensitivities import Sensitivities
-from .surgery import densify, explain, set_backend, sparsify
+from .surgery import densify, set_backend, sparsify
 
 quantizer.register_with_transformers()
 

@@ -1,21 +1,22 @@
-"""Allocation: the sparsity of each gated MLP, for a budget of weight bytes that are not read.
+"""Allocation: the sparsity of each site, for a budget of weight bytes that are not read.
 
-``uniform`` gives all the same. The two others work from the measured table of
+A site is a gated MLP or the input of linear layers. With ``uniform`` each skips the same share of
+its bytes. The two others work from the measured table of
 :mod:`catsparse.sensitivities`, on a fine grid of sparsities between 0 and the table's last:
 
 * ``greedy`` (as TEAL, arXiv 2408.14690, algorithm 1, does within a block): from 0, raise the
-  sparsity of the MLP that then costs least a byte, step by step;
+  sparsity of the site that then costs least a byte, step by step;
 * ``optimal``: the least sum of losses of all allocations that skip the bytes, by dynamic
-  programming over MLPs and bytes. Where every curve is convex, greedy comes to the same.
+  programming over sites and bytes. Where every curve is convex, greedy comes to the same.
 
-Both take the loss of the whole model to be the sum of what each MLP costs alone.
+Both take the loss of the whole model to be the sum of what each site costs alone.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from . import footprint
 from .calibration import Calibration
 from .config import ALLOCATIONS, PRODUCT, check_choice
 from .errors import CatsparseError
+from .inputs import InputSite
 from .sites import Site
 
 # Steps of sparsity an MLP may take, so many that none matters; fewer where there are many MLPs.
@@ -39,8 +41,9 @@ def allocate(
     allocation: str = "optimal",
     method: str | None = None,
     compensate: bool = True,
+    scope: str = "mlp",
 ) -> dict[str, float]:
-    """The sparsity of each gated MLP such that together they skip ``bytes_skipped``.
+    """The sparsity of each site such that together they skip ``bytes_skipped``.
 
     Needs no model, and about a second. (Where an activation is exactly zero, a ReLU's say, more is
     dropped than asked for, and more bytes are skipped.)
@@ -48,11 +51,12 @@ def allocate(
     Args:
         calibration: for ``greedy`` and ``optimal`` with ``sensitivities``, see
             :func:`catsparse.measure_sensitivities`.
-        bytes_skipped: fraction of the MLPs' weight bytes that a decoded token is not to read; a
+        bytes_skipped: fraction of the sites' weight bytes that a decoded token is not to read; a
             preview's own bytes count as read.
         allocation: ``uniform``, ``greedy`` or ``optimal``.
         method, compensate: that the model is to be made sparse with; method None for
             :meth:`Calibration.default_method`.
+        scope: ``mlp``, or ``all`` for all linear layers of the MLPs' blocks.
 
     Returns:
         Sparsity by site, for :func:`catsparse.sparsify`.
@@ -61,14 +65,15 @@ def allocate(
         CatsparseError: the bytes cannot be skipped, or the sensitivities are missing or were
             measured with something else.
     """
-    sites = calibration.sites
     method = calibration.default_method() if method is None else method
-    read = Read(calibration.preview, method == PRODUCT, item_size(calibration.provenance.dtype))
+    read = Read(
+        calibration.preview_of(method), method == PRODUCT, item_size(calibration.provenance.dtype)
+    )
     check_choice("allocation", allocation, ALLOCATIONS)
+    sites = calibration.parts(method, scope)
     table = calibration.sensitivities
     if allocation == "uniform":
-        sparsity = check_reachable(sites, read, bytes_skipped)
-        return dict.fromkeys(sites, sparsity)
+        return check_reachable(sites, read, bytes_skipped)
     if table is None:
         raise CatsparseError(
             f"the allocation {allocation} needs sensitivities; set calibration.sensitivities = "
@@ -76,13 +81,13 @@ def allocate(
         )
     table.require(method, compensate, read.preview, sites)
     most = table.sparsities[-1]
-    mean = check_reachable(sites, read, bytes_skipped, most)
+    check_reachable(sites, read, bytes_skipped, most)
     steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _UNITS // len(sites)))
     grid = torch.linspace(0.0, most, steps + 1, dtype=torch.float64)
     losses = torch.stack([table.curve(name, grid) for name in sites])
-    sizes = [_weights(site) for site in sites.values()]
-    # Bytes rise by the same with the sparsity of every weight, so a budget is a mean of sparsities.
-    wanted = mean / most * steps * sum(sizes)
+    sizes = [read.skippable(site) for site in sites.values()]
+    total = sum(map(weights_of, sites.values()))
+    wanted = (bytes_skipped - read.skipped(sites.values(), 0.0)) * total / most * steps
     solve = solve_greedily if allocation == "greedy" else solve_optimally
     levels = settle(losses, sizes, solve(losses, sizes, wanted), wanted)
     return {name: level / steps * most for name, level in zip(sites, levels, strict=True)}
@@ -115,52 +120,67 @@ def item_size(dtype: str) -> int:
 @dataclass(frozen=True)
 class Read:
     """What a decoded token reads but kept rows: a preview of so many bits, of the gate or of
-    products, if one decides; and the bytes of a weight."""
+    products, if one decides, else the gate itself; and the bytes of a weight."""
 
     preview: int | None
     of_products: bool
     itemsize: int
 
+    def skippable(self, site: Site | InputSite) -> int:
+        """Weights of the site that a sparsity of 1 would not read."""
+        if isinstance(site, InputSite):
+            return weights_of(site)
+        return (2 if self.preview is None else 3) * site.hidden_size * site.intermediate_size
+
+    def skipped(self, sites: Iterable[Site | InputSite], sparsity: float) -> float:
+        """Fraction of the sites' weight bytes not read, at the same sparsity in all of them."""
+        parts = [(weights_of(site), self._of(site, sparsity)) for site in sites]
+        return sum(size * share for size, share in parts) / sum(size for size, _ in parts)
+
+    def _of(self, site: Site | InputSite, sparsity: float) -> float:
+        if isinstance(site, InputSite):
+            return sparsity
+        return footprint.bytes_skipped(
+            *(sparsity, None, self.preview, site.hidden_size, self.itemsize),
+            of_products=self.of_products,
+        )
+
 
 def check_reachable(
-    sites: Mapping[str, Site],
+    sites: Mapping[str, Site | InputSite],
     read: Read,
     bytes_skipped: float,
     most: float = 1.0,
-) -> float:
-    """The sparsity that, the same in all ``sites``, skips ``bytes_skipped`` of their weight bytes.
+) -> dict[str, float]:
+    """The sparsity of each site with which it skips ``bytes_skipped`` of its own weight bytes.
 
     Args:
-        sites: the gated MLPs.
+        sites: gated MLPs and inputs.
         read: what is read besides kept rows.
         bytes_skipped: the budget.
         most: the highest sparsity that may be given; at 1 itself nothing would be left to keep.
+            Below 1 the budget is that of all sites together, and sparsities above it stand for
+            those that an allocation spreads otherwise.
 
     Raises:
-        CatsparseError: no sparsity from 0 to ``most`` does.
+        CatsparseError: no sparsities from 0 to ``most`` do.
     """
-    size = sum(_weights(site) for site in sites.values())
-
-    def skipped(sparsity: float) -> float:
-        shares = (
-            _weights(site)
-            * footprint.bytes_skipped(
-                *(sparsity, None, read.preview, site.hidden_size, read.itemsize),
-                of_products=read.of_products,
-            )
-            for site in sites.values()
-        )
-        return sum(shares) / size
-
-    low, high = skipped(0.0), skipped(most)
-    sparsity = (bytes_skipped - low) / (high - low) * most
-    if not 0.0 <= sparsity <= most or sparsity == 1.0:
+    each = [[site] for site in sites.values()] if most == 1.0 else [list(sites.values())]
+    low = max(read.skipped(part, 0.0) for part in each)
+    high = min(read.skipped(part, most) for part in each)
+    if not low <= bytes_skipped <= high or (most == 1.0 and bytes_skipped == high):
         decided = "the exact gate" if read.preview is None else f"a {read.preview}-bit preview"
+        mlps = any(isinstance(site, Site) for site in sites.values())
+        by = f"with {decided} deciding it" if mlps else "it"
         raise CatsparseError(
-            f"bytes_skipped is {bytes_skipped}; with {decided} deciding it can be {low:.3f} to "
+            f"bytes_skipped is {bytes_skipped}; {by} can be {low:.3f} to "
             f"{'below ' if most == 1 else ''}{high:.3f}"
         )
-    return sparsity
+    found = {}
+    for name, site in sites.items():
+        none, whole = (read.skipped([site], sparsity) for sparsity in (0.0, 1.0))
+        found[name] = (bytes_skipped - none) / (whole - none)
+    return found
 
 
 def solve_greedily(losses: Tensor, sizes: list[int], wanted: float) -> list[int]:
@@ -241,9 +261,11 @@ def settle(losses: Tensor, sizes: list[int], levels: list[int], wanted: float) -
     return settled
 
 
-def _weights(site: Site) -> int:
-    """A third of the MLP's weights."""
-    return site.hidden_size * site.intermediate_size
+def weights_of(site: Site | InputSite) -> int:
+    """How many weights it has."""
+    if isinstance(site, InputSite):
+        return site.in_features * site.out_features
+    return 3 * site.hidden_size * site.intermediate_size
 
 
 def _whole_units(sizes: list[int], steps: int) -> list[int]:

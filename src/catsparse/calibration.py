@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +16,10 @@ from .config import (
     ACTIVATIONS,
     DEFAULT_METHOD,
     GATE_METHODS,
+    INPUT_METHODS,
+    METHODS,
     PRODUCT,
+    SCOPES,
     Provenance,
     check_choice,
     check_down_sparsity,
@@ -28,28 +29,19 @@ from .config import (
 )
 from .errors import CatsparseError
 from .files import write_atomic
-from .methods import SiteThreshold, product_threshold, site_threshold
+from .inputs import InputSite, inputs_needed, select_parts
+from .methods import SiteThreshold, input_threshold, product_threshold, site_threshold
 from .products import ProductStatistics
 from .sensitivities import Sensitivities, read_sensitivities
 from .sites import Site
-from .statistics import BINS, BUCKETS, SiteStatistics
+from .statistics import InputStatistics, SiteStatistics
+from .statistics_file import (
+    read_inputs,
+    read_products,
+    read_statistics,
+    statistics_tensors,
+)
 from .strict_json import build, parse_json, shorten
-
-# A statistics field: (dtype, shape as a function of the number of neurons).
-_Fields = dict[str, tuple[torch.dtype, Callable[[int], tuple[int, ...]]]]
-_FIELDS: _Fields = {
-    "histogram": (torch.int64, lambda neurons: (BINS,)),
-    "gate_square": (torch.float64, lambda neurons: (neurons,)),
-    "up_square": (torch.float64, lambda neurons: (neurons,)),
-    "bucket_count": (torch.int32, lambda neurons: (BUCKETS, neurons)),
-    "bucket_sum": (torch.float32, lambda neurons: (BUCKETS, neurons)),
-}
-_PRODUCT_FIELDS: _Fields = {  # as ``product_...`` and ``foretold_...``, but for the norm
-    "histogram": _FIELDS["histogram"],
-    "bucket_count": _FIELDS["bucket_count"],
-    "bucket_sum": _FIELDS["bucket_sum"],
-    "down_norm": (torch.float32, lambda neurons: (neurons,)),
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,9 @@ class Calibration:
         products_at: the decision of the gate that ``products`` were gathered behind, or None.
         products: by site, what a second decision needs; empty without ``products_at``.
         sensitivities: what the sparsity of each site alone costs, if it was measured.
+        inputs: what inputs of linear layers were counted, too, by name; see
+            :func:`catsparse.inputs.find_inputs`.
+        input_statistics: what was counted there, on the CPU.
     """
 
     sites: dict[str, Site]
@@ -84,6 +79,29 @@ class Calibration:
     products: dict[str, ProductStatistics] = field(default_factory=dict)
     foretold: dict[str, ProductStatistics] = field(default_factory=dict)
     sensitivities: Sensitivities | None = None
+    inputs: dict[str, InputSite] = field(default_factory=dict)
+    input_statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+    def parts(self, method: str, scope: str = "mlp") -> dict[str, Site | InputSite]:
+        """What ``method`` decides on in ``scope``, by name: gated MLPs, inputs of linear layers.
+
+        Raises:
+            CatsparseError: the inputs it needs were not counted.
+        """
+        check_choice("method", method, METHODS)
+        check_choice("scope", scope, SCOPES)
+        wanted = inputs_needed(method, scope)
+        needs = {"mlp": {True}, "attention": {False}, "all": {True, False}, None: set()}[wanted]
+        if not needs <= {site.of_mlp for site in self.inputs.values()}:
+            raise CatsparseError(
+                f"the calibration has no statistics of inputs that method {method} needs with "
+                f"scope {scope}; calibrate again with inputs={wanted!r}"
+            )
+        return select_parts(self.sites, self.inputs, method, scope)
+
+    def preview_of(self, method: str) -> int | None:
+        """Bits of the preview by which ``method`` decides: methods of inputs by none."""
+        return None if method in INPUT_METHODS else self.preview
 
     def default_method(self, down_sparsity: float | None = None) -> str:
         """``product`` if a preview was calibrated and no second decision is wanted, else
@@ -96,41 +114,71 @@ class Calibration:
         method: str | None = None,
         compensate: bool = True,
         down_sparsity: float | None = None,
+        scope: str = "mlp",
     ) -> dict[str, SiteThreshold]:
         """Thresholds and means for each site, without touching the model.
 
         Args:
-            sparsity: fraction of neurons that the (first) decision drops, or one for each site by
-                name.
-            method: ``cats``, ``chess``, ``energy``, or ``product``, which needs a preview; None for
+            sparsity: fraction of neurons that the (first) decision drops, and of inputs, or one for
+                each of :meth:`parts` by name.
+            method: ``cats``, ``chess``, ``energy``, or ``product``, which needs a preview; or
+                ``teal`` or ``wina``, which decide on the inputs of linear layers; None for
                 :meth:`default_method`.
             compensate: whether to give means.
             down_sparsity: fraction of W_down's rows not read, at least ``sparsity``: a second
                 decision, from products gathered at this very sparsity (the same at every site) and
                 method. None for none.
+            scope: ``mlp``, or ``all``: also the inputs of the other linear layers of the MLPs'
+                blocks, attention's; by ``teal``, unless the method is one of inputs.
 
         Raises:
             CatsparseError: a sparsity is out of range or missing, the method unknown, or the
                 calibration has not what it or ``down_sparsity`` needs.
         """
-        wanted = self._by_site(sparsity)
         method = self.default_method(down_sparsity) if method is None else method
-        check_method(method, self.preview, down_sparsity)
+        check_method(method, self.preview_of(method), down_sparsity)
+        parts = self.parts(method, scope)
+        wanted = _by_site(sparsity, parts)
+        if down_sparsity is not None:
+            self._check_products(sparsity, method, down_sparsity)
+        return {
+            name: self._input_threshold(name, method, wanted[name], compensate)
+            if isinstance(part, InputSite)
+            else self._site_threshold(name, method, wanted[name], compensate, down_sparsity)
+            for name, part in parts.items()
+        }
+
+    def _input_threshold(
+        self, name: str, method: str, sparsity: float, compensate: bool
+    ) -> SiteThreshold:
+        if method not in INPUT_METHODS:  # attention's, beside neurons
+            # Means of inputs cost quality (docs/quality.md), so they are given only if asked for.
+            method, compensate = INPUT_METHODS[0], False
+        return input_threshold(self.input_statistics[name], method, sparsity, compensate)
+
+    def _site_threshold(
+        self,
+        name: str,
+        method: str,
+        sparsity: float,
+        compensate: bool,
+        down_sparsity: float | None,
+    ) -> SiteThreshold:
         if method == PRODUCT:
             if not self.foretold:
                 raise CatsparseError(
                     "the calibration was made before there was method product; calibrate again "
                     f"with preview={self.preview}"
                 )
-            return {
-                name: product_threshold(foretold, wanted[name], compensate)
-                for name, foretold in self.foretold.items()
-            }
-        if down_sparsity is None:
-            return {
-                name: site_threshold(statistics, method, wanted[name], compensate)
-                for name, statistics in self.statistics.items()
-            }
+            return product_threshold(self.foretold[name], sparsity, compensate)
+        products = None if down_sparsity is None else self.products[name]
+        return site_threshold(
+            self.statistics[name], method, sparsity, compensate, products, down_sparsity or 0.0
+        )
+
+    def _check_products(
+        self, sparsity: float | Mapping[str, float], method: str, down_sparsity: float
+    ) -> None:
         if isinstance(sparsity, Mapping):
             raise CatsparseError(
                 "down_sparsity needs products gathered at one sparsity; give the same for all sites"
@@ -143,31 +191,12 @@ class Calibration:
                 f"down_sparsity needs the calibration's products behind {method} at {sparsity} (it "
                 f"has {has}); calibrate again with products_at={sparsity}, method={method!r}"
             )
-        return {
-            name: site_threshold(
-                statistics, method, sparsity, compensate, self.products[name], down_sparsity
-            )
-            for name, statistics in self.statistics.items()
-        }
-
-    def _by_site(self, sparsity: float | Mapping[str, float]) -> Mapping[str, float]:
-        if not isinstance(sparsity, Mapping):
-            check_sparsity(sparsity)
-            return dict.fromkeys(self.sites, sparsity)
-        if odd := sorted(sparsity.keys() ^ self.sites.keys()):
-            raise CatsparseError(
-                "sparsity by site must name the calibration's sites, each once; "
-                f"{shorten(odd[0])} is {'not one' if odd[0] in sparsity else 'missing'}"
-            )
-        for value in sparsity.values():
-            check_sparsity(value)
-        return sparsity
 
     def __add__(self, other: Calibration) -> Calibration:
         """As if both runs' tokens had been seen in one; sites, preview and what the products were
         gathered behind must be the same. (Each run's products are behind its own thresholds.) The
         sum has no sensitivities: its thresholds are others."""
-        if self.sites != other.sites:
+        if (self.sites, self.inputs) != (other.sites, other.inputs):
             raise CatsparseError("calibrations of different models cannot be added")
         first, second = (
             (c.preview, c.products_at, c.foretold.keys() == c.sites.keys()) for c in (self, other)
@@ -180,6 +209,9 @@ class Calibration:
         merged = {name: s + other.statistics[name] for name, s in self.statistics.items()}
         products = {name: p + other.products[name] for name, p in self.products.items()}
         foretold = {name: p + other.foretold[name] for name, p in self.foretold.items()}
+        inputs = {
+            name: s + other.input_statistics[name] for name, s in self.input_statistics.items()
+        }
         one, two = self.provenance, other.provenance
         data = one.data if one.data == two.data else f"{one.data} + {two.data}"
         provenance = replace(one, data=data, tokens=one.tokens + two.tokens)
@@ -191,26 +223,20 @@ class Calibration:
             products=products,
             foretold=foretold,
             sensitivities=None,
+            inputs=dict(self.inputs),
+            input_statistics=inputs,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every statistic under ``<site>.<field>``, as stored in ``calibration.safetensors``."""
-        tensors = {
-            f"{name}.{field}": getattr(statistics, field)
-            for name, statistics in self.statistics.items()
-            for field in _FIELDS
-        }
-        for kind, by_site in (("product", self.products), ("foretold", self.foretold)):
-            tensors |= {
-                f"{name}.{_product_key(kind, field)}": getattr(products, field)
-                for name, products in by_site.items()
-                for field in _PRODUCT_FIELDS
-            }
+        tensors = statistics_tensors(
+            self.statistics, self.products, self.foretold, self.input_statistics
+        )
         return tensors | (self.sensitivities.tensors() if self.sensitivities else {})
 
     def metadata(self) -> dict[str, str]:
         """Header of ``calibration.safetensors``: sites, token counts and provenance as JSON, and
-        preview, foretold, products_at and sensitivities where there are any."""
+        preview, foretold, products_at, inputs and sensitivities where there are any."""
         extra: dict[str, str] = self.sensitivities.metadata() if self.sensitivities else {}
         if self.preview is not None:
             extra["catsparse.preview"] = json.dumps(self.preview)
@@ -218,6 +244,10 @@ class Calibration:
             extra["catsparse.foretold"] = json.dumps(True)
         if self.products_at is not None:
             extra["catsparse.products_at"] = json.dumps(asdict(self.products_at))
+        if self.inputs:
+            extra["catsparse.inputs"] = json.dumps([asdict(site) for site in self.inputs.values()])
+            counted = {name: s.tokens for name, s in self.input_statistics.items()}
+            extra["catsparse.input_tokens"] = json.dumps(counted)
         return extra | {
             "catsparse.sites": json.dumps([asdict(site) for site in self.sites.values()]),
             "catsparse.tokens": json.dumps({n: s.tokens for n, s in self.statistics.items()}),
@@ -252,12 +282,12 @@ class Calibration:
                 preview, foretells = _read_preview(metadata), _read_foretold(metadata)
                 products_at = _read_products_at(metadata)
                 statistics = {
-                    site.name: _read_statistics(file, site, part["tokens"][site.name])
+                    site.name: read_statistics(file, site, part["tokens"][site.name])
                     for site in sites
                 }
                 products, foretold = (
                     {
-                        site.name: _read_products(file, site, part["tokens"][site.name], kind)
+                        site.name: read_products(file, site, part["tokens"][site.name], kind)
                         for site in sites
                         if there
                     }
@@ -266,21 +296,37 @@ class Calibration:
                         ("foretold", foretells),
                     )
                 )
-                names = list(statistics)
-                sensitivities = read_sensitivities(metadata, file.get_tensor, names, preview)
+                found = {site.name: site for site in sites}
+                parts = (preview, products_at, products, foretold, None)
+                calibration = cls(
+                    *(found, statistics, provenance, *parts), *_read_inputs(file, metadata)
+                )
+                calibration.sensitivities = read_sensitivities(
+                    metadata, file.get_tensor, calibration.parts, calibration.preview_of
+                )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CatsparseError(
                 f"{path} is not a readable calibration ({shorten(error, 300)}); calibrate again"
             ) from error
         if not sites:
             raise CatsparseError(f"{path} holds no site; calibrate again")
-        found = {site.name: site for site in sites}
-        parts = (preview, products_at, products, foretold, sensitivities)
-        return cls(found, statistics, provenance, *parts)
+        return calibration
 
 
-def _product_key(kind: str, field: str) -> str:
-    return field if field == "down_norm" else f"{kind}_{field}"
+def _by_site(
+    sparsity: float | Mapping[str, float], parts: Mapping[str, Site | InputSite]
+) -> Mapping[str, float]:
+    if not isinstance(sparsity, Mapping):
+        check_sparsity(sparsity)
+        return dict.fromkeys(parts, sparsity)
+    if odd := sorted(sparsity.keys() ^ parts.keys()):
+        raise CatsparseError(
+            "sparsity by site must name the calibration's sites, each once; "
+            f"{shorten(odd[0])} is {'not one' if odd[0] in sparsity else 'missing'}"
+        )
+    for value in sparsity.values():
+        check_sparsity(value)
+    return sparsity
 
 
 def _read_preview(metadata: dict[str, str]) -> int | None:
@@ -307,43 +353,13 @@ def _read_products_at(metadata: dict[str, str]) -> GateDecision | None:
     return decision
 
 
-def _read_statistics(file: Any, site: Site, tokens: object) -> SiteStatistics:
-    name, values = shorten(site.name), _read_fields(file, site, _FIELDS, lambda field: field)
-    finite = all(bool(value.isfinite().all()) for value in values.values())
-    counts = [value for field, value in values.items() if field != "bucket_sum"]
-    if not isinstance(tokens, int) or tokens < 1 or not finite:
-        raise CatsparseError(f"the statistics of {name} are damaged")
-    total = int(values["histogram"].sum())
-    if total != tokens * site.intermediate_size or any(bool((c < 0).any()) for c in counts):
-        raise CatsparseError(f"the counts of {name} contradict each other")
-    return SiteStatistics(tokens, **values)
-
-
-def _read_products(file: Any, site: Site, tokens: int, kind: str) -> ProductStatistics:
-    name = shorten(site.name)
-    values = _read_fields(file, site, _PRODUCT_FIELDS, partial(_product_key, kind))
-    if not all(bool(value.isfinite().all()) for value in values.values()):
-        raise CatsparseError(f"the products of {name} are damaged")
-    counts = [value for field, value in values.items() if field != "bucket_sum"]
-    seen = values["bucket_count"].sum(0)
-    if (
-        any(bool((count < 0).any()) for count in counts)
-        or bool((seen > tokens if kind == "product" else seen != tokens).any())
-        or int(values["histogram"].sum()) != int(seen.sum())
-    ):
-        raise CatsparseError(f"the counts of products of {name} contradict each other")
-    return ProductStatistics(**values)
-
-
-def _read_fields(
-    file: Any, site: Site, fields: _Fields, key: Callable[[str], str]
-) -> dict[str, Tensor]:
-    values = {}
-    for name, (dtype, shape) in fields.items():
-        value = file.get_tensor(f"{site.name}.{key(name)}")
-        if value.dtype != dtype or tuple(value.shape) != shape(site.intermediate_size):
-            raise CatsparseError(
-                f"{key(name)} of {shorten(site.name)} is {value.dtype} {list(value.shape)}"
-            )
-        values[name] = value
-    return values
+def _read_inputs(
+    file: Any, metadata: dict[str, str]
+) -> tuple[dict[str, InputSite], dict[str, InputStatistics]]:
+    raw = parse_json(metadata.get("catsparse.inputs", "[]"), "inputs")
+    tokens = parse_json(metadata.get("catsparse.input_tokens", "{}"), "input_tokens")
+    if not isinstance(raw, list) or not isinstance(tokens, dict):
+        raise CatsparseError("its header says nothing sensible of inputs")
+    sites: list[InputSite] = [build(InputSite, part, "input") for part in raw]
+    found = {site.name: site for site in sites}
+    return found, {name: read_inputs(file, site, tokens[name]) for name, site in found.items()}

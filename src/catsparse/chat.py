@@ -9,9 +9,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from .errors import CatsparseError
-from .modules import sparse_modules
 from .strict_json import first_sentence
-from .surgery import run_dense
+from .surgery import run_dense, sparse_layers
 from .text import Dropped, Show, TextGenerator, Written, measure
 
 Turn = dict[str, str]
@@ -46,7 +45,7 @@ class Chat:
         self.dense = False
         self.turns: list[Turn] = []
         self.context = 0
-        self.is_sparse = bool(sparse_modules(writer.model))
+        self.is_sparse = bool(sparse_layers(writer.model))
         self.has_template = bool(getattr(writer.tokenizer, "chat_template", None))
         config = writer.model.config.get_text_config()
         self.limit: int | None = getattr(config, "max_position_embeddings", None)

@@ -18,10 +18,12 @@ from .strict_json import build, parse_json, shorten
 
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GATE_METHODS = ("cats", "chess", "energy")
 PRODUCT = "product"
-METHODS = (*GATE_METHODS, PRODUCT)
+INPUT_METHODS = ("teal", "wina")
+METHODS = (*GATE_METHODS, PRODUCT, *INPUT_METHODS)
+SCOPES = ("mlp", "all")
 DEFAULT_METHOD = "energy"  # of the gate's; with a preview it is PRODUCT
 ALLOCATIONS = ("uniform", "greedy", "optimal")
 PREFILL_POLICIES = ("masked", "dense")
@@ -73,6 +75,22 @@ class SiteConfig:
 
 
 @dataclass(frozen=True)
+class InputConfig:
+    """The input that one or several linear layers of a block share.
+
+    ``linears`` are their module names. ``threshold`` is on |x| for ``teal``, on |x| times the norm
+    of the input's weights for ``wina`` (whose thresholds are tensors, one an input); negative keeps
+    every input. ``sparsity`` is the fraction of inputs dropped on the calibration tokens.
+    """
+
+    linears: tuple[str, ...]
+    threshold: float
+    sparsity: float
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
 class SparsityConfig:
     """Everything of a sparse model but its tensors; maps one to one to ``catsparse.json``.
 
@@ -82,6 +100,11 @@ class SparsityConfig:
     ``preview`` is the bits of the preview that decides: of the gate, or with method ``product``,
     which needs one and leaves nothing to a second decision, of gate and up. ``down_sparsity`` is
     what was asked of the second decision. None stands for neither.
+
+    ``inputs`` are thresholded inputs of linear layers, by the name of the first layer. With the
+    methods ``teal`` and ``wina`` they take the place of ``sites``: those of the gated MLPs, and in
+    ``scope`` ``all`` of the other layers of their blocks (attention), too. With the other methods
+    and ``scope`` ``all`` they are those other layers', by ``teal``.
 
     Raises:
         CatsparseError: a field is out of its range.
@@ -97,6 +120,8 @@ class SparsityConfig:
     preview: int | None = None
     prefill: str = "masked"
     base_model: BaseModel | None = None
+    inputs: dict[str, InputConfig] = field(default_factory=dict)
+    scope: str = "mlp"
     calibration: Provenance | None = None
     catsparse_version: str = ""
     format_version: int = field(default=FORMAT_VERSION)
@@ -108,8 +133,18 @@ class SparsityConfig:
         check_method(self.method, self.preview, self.down_sparsity)
         if self.down_sparsity is not None:
             check_down_sparsity(self.down_sparsity, self.sparsity)
-        if not self.sites:
+        check_choice("scope", self.scope, SCOPES)
+        of_inputs = self.method in INPUT_METHODS
+        if not self.sites and not of_inputs:
             raise CatsparseError("the config lists no site; name at least one gated MLP")
+        if (bool(self.sites), bool(self.inputs)) != (
+            not of_inputs,
+            of_inputs or self.scope == "all",
+        ):
+            raise CatsparseError(
+                f"the config's sites and inputs do not go with method {self.method} and scope "
+                f"{self.scope}; save it again"
+            )
         for what in ("measured_sparsity", "measured_down_sparsity"):
             if (measured := getattr(self, what)) is not None:
                 _check_fraction(what, measured)
@@ -124,6 +159,18 @@ class SparsityConfig:
             self._check_second_decision(shown, site)
             if site.hidden_size < 1 or site.intermediate_size < 1:
                 raise CatsparseError(f"the sizes of {shown} must be at least 1")
+
+        for name, part in self.inputs.items():
+            shown = shorten(name)
+            if not math.isfinite(part.threshold):
+                raise CatsparseError(
+                    f"the threshold of {shown} is {part.threshold}; it must be a finite number"
+                )
+            _check_fraction(f"the sparsity of {shown}", part.sparsity)
+            if part.in_features < 1 or part.out_features < 1 or name not in part.linears:
+                raise CatsparseError(
+                    f"{shown} must have sizes of at least 1 and be among its linears; save it again"
+                )
 
     def _check_second_decision(self, shown: str, site: SiteConfig) -> None:
         given = [v is not None for v in (site.product_threshold, site.down_sparsity)]
@@ -158,11 +205,37 @@ class SparsityConfig:
         words += [] if self.preview is None else [f"{self.preview}-bit {self.decided_on} preview"]
         if self.down_sparsity is not None:
             words.append(f"{self.down_sparsity:.0%} of the down rows unread")
+        if self.scope == "all":
+            others = f"attention by {self.input_method}"
+            words.append(others if self.sites else "attention too")
         return ", ".join(words)
 
     @property
+    def input_method(self) -> str:
+        """The method that decides on ``inputs``."""
+        return self.method if self.method in INPUT_METHODS else INPUT_METHODS[0]
+
+    def compensates(self, name: str) -> bool:
+        """Whether a site or input has means: inputs only with a method of inputs."""
+        return self.compensate and (name in self.sites or self.method in INPUT_METHODS)
+
+    @property
+    def weights(self) -> str:
+        """Whose bytes are counted, in words."""
+        return weights_of(self.scope)
+
+    @property
+    def input_sparsity(self) -> float | None:
+        """Fraction of inputs dropped on the calibration tokens, by weight; None without inputs."""
+        sizes = [part.in_features * part.out_features for part in self.inputs.values()]
+        if not sizes:
+            return None
+        shares = [part.sparsity for part in self.inputs.values()]
+        return sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes)
+
+    @property
     def bytes_skipped(self) -> float:
-        """Fraction of the sites' MLP weight bytes a decoded token does not read.
+        """Fraction of the weight bytes of all sites and inputs that a decoded token does not read.
 
         A preview's bytes count as read, against weights of the calibration's dtype.
         """
@@ -171,8 +244,11 @@ class SparsityConfig:
         for s in self.sites.values():
             sizes = (s.hidden_size, itemsize, of_products)
             part = bytes_skipped(s.sparsity, s.down_sparsity, self.preview, *sizes)
-            skipped += part * s.hidden_size * s.intermediate_size
-            total += s.hidden_size * s.intermediate_size
+            skipped += part * 3 * s.hidden_size * s.intermediate_size
+            total += 3 * s.hidden_size * s.intermediate_size
+        for linear in self.inputs.values():
+            skipped += linear.sparsity * linear.in_features * linear.out_features
+            total += linear.in_features * linear.out_features
         return skipped / total
 
     def to_json(self) -> str:
@@ -196,7 +272,7 @@ class SparsityConfig:
                 f"{source} has format version {version}, this catsparse reads up to "
                 f"{FORMAT_VERSION}: upgrade with 'pip install -U catsparse'"
             )
-        config: SparsityConfig = build(cls, _upgrade(raw, source) if version == 1 else raw, source)
+        config: SparsityConfig = build(cls, _upgrade(raw, version, source), source)
         return config
 
     @classmethod
@@ -221,6 +297,11 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
         raise CatsparseError(f"{what} must be one of {', '.join(choices)}, not {shorten(value)!r}")
 
 
+def weights_of(scope: str) -> str:
+    """Whose bytes a scope counts, in words."""
+    return "the MLPs'" if scope == "mlp" else "all linears'"
+
+
 def check_sparsity(value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise CatsparseError(f"sparsity must be at least 0 and below 1, not {value}")
@@ -236,6 +317,11 @@ def check_down_sparsity(value: float, sparsity: float) -> None:
 def check_method(method: str, preview: int | None, down_sparsity: float | None) -> None:
     """Whether ``method`` is one, and goes with such a preview and second decision."""
     check_choice("method", method, METHODS)
+    if method in INPUT_METHODS and (preview, down_sparsity) != (None, None):
+        raise CatsparseError(
+            f"method {method} decides on the inputs of linear layers, so it takes neither preview "
+            f"nor down_sparsity; leave them out, or take one of {', '.join(GATE_METHODS)}"
+        )
     if method != PRODUCT:
         return
     if preview is None:
@@ -261,28 +347,35 @@ def _check_fraction(what: str, value: float) -> None:
         raise CatsparseError(f"{what} is {value}; it must lie between 0 and 1")
 
 
-# Keys that a file of format version 1 has not.
-_SINCE_2 = ("down_sparsity", "measured_down_sparsity", "preview")
-_SITE_SINCE_2 = ("product_threshold", "down_sparsity")
+# Keys that came with a version of the format: of the file, and of each of its sites.
+_SINCE: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+    2: (
+        dict.fromkeys(("down_sparsity", "measured_down_sparsity", "preview")),
+        dict.fromkeys(("product_threshold", "down_sparsity")),
+    ),
+    3: ({"inputs": {}, "scope": "mlp"}, {}),
+}
 
 
-def _upgrade(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """A file of version 1 as version 2 has it; new keys in it are as unknown as any."""
+def _upgrade(raw: dict[str, Any], version: int, source: str) -> dict[str, Any]:
+    """A file of an older version as this one has it; new keys in it are as unknown as any."""
 
-    def added(part: Any, keys: tuple[str, ...], where: str) -> Any:
+    def added(part: Any, keys: dict[str, Any], where: str) -> Any:
         if not isinstance(part, dict):
             return part  # build says what is wrong
-        if unknown := sorted(part.keys() & set(keys)):
+        if unknown := sorted(part.keys() & keys.keys()):
             raise CatsparseError(
-                f"{where} has unknown keys ({', '.join(map(repr, unknown))}) for format version 1; "
-                "remove them or save it again"
+                f"{where} has unknown keys ({', '.join(map(repr, unknown))}) for format version "
+                f"{version}; remove them or save it again"
             )
-        return part | dict.fromkeys(keys)
+        return part | keys
 
-    raw = added(raw, _SINCE_2, source) | {"format_version": FORMAT_VERSION}
-    if isinstance(sites := raw.get("sites"), dict):
-        raw["sites"] = {
-            name: added(site, _SITE_SINCE_2, f"{source}: sites: {shorten(name)}")
-            for name, site in sites.items()
-        }
-    return raw
+    for newer in range(version + 1, FORMAT_VERSION + 1):
+        of_file, of_site = _SINCE[newer]
+        raw = added(raw, of_file, source)
+        if isinstance(sites := raw.get("sites"), dict):
+            raw["sites"] = {
+                name: added(site, of_site, f"{source}: sites: {shorten(name)}")
+                for name, site in sites.items()
+            }
+    return raw | {"format_version": FORMAT_VERSION}

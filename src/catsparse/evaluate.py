@@ -42,11 +42,14 @@ class Evaluation:
         perplexity, dense_perplexity: of the sparse and the dense forward.
         rise: perplexity over dense perplexity, less 1.
         rise_standard_error: of ``rise``, from paired windows.
-        sparsity: fraction of neurons dropped by the gate over all sites.
+        sparsity: fraction of neurons dropped by the gate over all sites; of inputs where no gated
+            MLP is sparse.
         down_sparsity: fraction of W_down's rows not read; more only with a second decision.
-        bytes_skipped: fraction of the MLPs' weight bytes decode need not read.
+        bytes_skipped: fraction of the scope's weight bytes decode need not read.
         sites: fraction of neurons dropped by the gate, by site.
         down_sites: fraction of W_down's rows not read, by site.
+        input_sparsity: fraction of inputs dropped, over linear layers by weight; None without any.
+        inputs: fraction of inputs dropped, by sparse linear layer.
     """
 
     tokens: int
@@ -59,6 +62,8 @@ class Evaluation:
     bytes_skipped: float
     sites: dict[str, float]
     down_sites: dict[str, float]
+    input_sparsity: float | None
+    inputs: dict[str, float]
 
 
 def perplexity(
@@ -127,4 +132,6 @@ def evaluate(
         bytes_skipped=meter.bytes_skipped,
         sites=meter.sites,
         down_sites=meter.down_sites,
+        input_sparsity=meter.input_sparsity,
+        inputs=meter.inputs,
     )

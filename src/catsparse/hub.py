@@ -23,13 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from .calibration import Calibration
-from .config import CALIBRATION_NAME, CONFIG_NAME, SiteConfig, SparsityConfig
+from .config import CALIBRATION_NAME, CONFIG_NAME, InputConfig, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import default_mode
 from .methods import SiteThreshold
-from .modules import sparse_modules
 from .strict_json import first_sentence, shorten
-from .surgery import apply_thresholds, densify, state_of
+from .surgery import apply_thresholds, densify, sparse_layers, state_of
 
 DEFAULT_MODEL = "default"
 _BUNDLED = Path(__file__).parent / "models" / "default"
@@ -125,7 +124,7 @@ def load(
             f"{directory} belongs to a {expected} model, {base_model} is a "
             f"{model.config.model_type}; give the right one with base_model=..."
         )
-    if sparse_modules(model):  # the given base was itself a merged directory
+    if sparse_layers(model):  # the given base was itself a merged directory
         densify(model)
     return apply_thresholds(model, config, thresholds, calibration)
 
@@ -221,7 +220,8 @@ def read_artifact(
         with safe_open(tensor_path, framework="pt") as file:
             names = set(file.keys())
             thresholds = {
-                name: _read_threshold(config, name, names, file.get_tensor) for name in config.sites
+                name: _read_threshold(config, name, names, file.get_tensor)
+                for name in (*config.sites, *config.inputs)
             }
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
@@ -235,13 +235,17 @@ def read_artifact(
     if "catsparse.sites" not in metadata:
         return config, thresholds, None
     calibration = Calibration.load(tensor_path)
-    if calibration.preview != config.preview:
+    if calibration.preview_of(config.method) != config.preview:
         raise CatsparseError(
             f"the statistics in {CALIBRATION_NAME} are not those of the preview in {CONFIG_NAME}; "
             "calibrate again"
         )
     for name, site in config.sites.items():
         _check_statistics(name, site, calibration)
+    for name, part in config.inputs.items():
+        seen = calibration.inputs.get(name)
+        if seen is None or (seen.linears, seen.in_features) != (part.linears, part.in_features):
+            raise _other_statistics(name)
     return config, thresholds, calibration
 
 
@@ -253,23 +257,31 @@ def _check_statistics(name: str, site: SiteConfig, calibration: Calibration) -> 
         site.intermediate_size,
     )
     if not same:
-        raise CatsparseError(
-            f"the statistics of {shorten(name)} are those of another model; calibrate again"
-        )
+        raise _other_statistics(name)
+
+
+def _other_statistics(name: str) -> CatsparseError:
+    return CatsparseError(
+        f"the statistics of {shorten(name)} are those of another model; calibrate again"
+    )
 
 
 def _read_threshold(
     config: SparsityConfig, name: str, names: set[str], get: Callable[[str], Tensor]
 ) -> SiteThreshold:
-    site = config.sites[name]
-    neurons = site.intermediate_size
+    site = config.sites.get(name) or config.inputs[name]
+    neurons = site.in_features if isinstance(site, InputConfig) else site.intermediate_size
     threshold = _read_vector(f"{name}.threshold", names, get, [(), (neurons,)])
-    mean = _read_vector(f"{name}.mean", names, get, [(neurons,)]) if config.compensate else None
+    mean = None
+    if config.compensates(name):
+        mean = _read_vector(f"{name}.mean", names, get, [(neurons,)])
     if threshold.dim() == 0 and float(threshold) != site.threshold:
         raise CatsparseError(
             f"the threshold of {name} is {site.threshold} in {CONFIG_NAME} but {float(threshold)} "
             f"in {CALIBRATION_NAME}; save it again"
         )
+    if isinstance(site, InputConfig):
+        return SiteThreshold(threshold, mean, site.threshold, site.sparsity)
     product = None
     if site.product_threshold is not None:
         product = _read_vector(f"{name}.product_threshold", names, get, [(), (neurons,)])
@@ -352,6 +364,8 @@ def _digest(config: SparsityConfig) -> str:
     # What version 1 did not know is left out where it is null: its digests stay right.
     parts = [config.method, config.compensate, sites]
     parts += [] if config.preview is None else [config.preview]
+    if config.inputs:
+        parts.append({name: asdict(part) for name, part in config.inputs.items()})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -375,6 +389,6 @@ def _card(config: SparsityConfig, merge: bool) -> str:
         f"# {base}, {config.sparsity:.0%} activation-sparse\n\n"
         f"Made with [catsparse](https://pypi.org/project/catsparse/) {config.catsparse_version}: "
         f"method {config.described}, "
-        f"{config.bytes_skipped:.1%} of the MLP's weight bytes skipped in decode.\n\n"
+        f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped in decode.\n\n"
         f"```python\n{code}```\n{note}"
     )

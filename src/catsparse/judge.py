@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CatsparseError
 from .meter import SparsityMeter, achieved_sparsity
-from .modules import SparseMLP, sparse_modules
-from .surgery import state_of, threshold_every_token
+from .surgery import sparse_layers, state_of, threshold_every_token
 
 T = TypeVar("T")
 
@@ -33,12 +32,12 @@ def scored_sparse(model: Any) -> Iterator[SparsityMeter]:
         CatsparseError: the model is dense or being measured already; at the end of the block: a
             layer that is meant to be sparse let tokens through dense, or saw none.
     """
-    modules = sparse_modules(model)
+    modules = sparse_layers(model)
     seen = dict.fromkeys(modules, 0)
 
     def watcher(name: str) -> Callable[..., None]:
         def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["x"]
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
             seen[name] += x.numel() // x.shape[-1]
 
         return note
@@ -57,15 +56,14 @@ def scored_sparse(model: Any) -> Iterator[SparsityMeter]:
 
 
 def _refuse_dense(
-    model: Any, modules: dict[str, SparseMLP], meter: SparsityMeter, seen: dict[str, int]
+    model: Any, modules: Mapping[str, nn.Module], meter: SparsityMeter, seen: dict[str, int]
 ) -> None:
     remedy = "no result is reported; load the model again (catsparse.explain tells what each runs)"
     gone = [name for name in _believed(model) if not _present(name, modules)]
     if gone:
         raise CatsparseError(f"{gone[0]} is meant to be sparse and is dense in the model: {remedy}")
-    for name, module in modules.items():
-        # Each kept or dropped neuron of each token is counted once.
-        counted = meter.counter(name).total // _neurons(module)
+    for name in modules:
+        counted = meter.tokens(name)
         if seen[name] == 0 and counted == 0:
             raise CatsparseError(f"no token went through the sparse layer {name}: {remedy}")
         if counted < seen[name]:
@@ -78,19 +76,15 @@ def _refuse_dense(
 
 def _believed(model: Any) -> list[str]:
     try:
-        return list(state_of(model).config.sites)
+        config = state_of(model).config
+        return [*config.sites, *(n for part in config.inputs.values() for n in part.linears)]
     except CatsparseError:  # made sparse module by module: nothing more is known
         return []
 
 
-def _present(name: str, modules: dict[str, SparseMLP]) -> bool:
+def _present(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Also under a wrapper's prefix, as PEFT has one."""
     return name in modules or any(other.endswith(f".{name}") for other in modules)
-
-
-def _neurons(module: SparseMLP) -> int:
-    rows: int = getattr(module, module.site_gate).out_features
-    return rows // 2 if module.site_up is None else rows
 
 
 def while_it_fits(size: int, run: Callable[[int], T]) -> T:

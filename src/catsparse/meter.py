@@ -11,14 +11,19 @@ from torch import Tensor
 
 from .errors import CatsparseError
 from .footprint import bytes_skipped
+from .linears import SparseLinear, sparse_linears
 from .modules import SparseMLP, sparse_modules
 
 
 class SparsityMeter:
-    """Counts of kept neurons by site; read it inside or after :func:`achieved_sparsity`."""
+    """Counts of kept neurons by site, and of kept inputs by linear layer; read it inside or after
+    :func:`achieved_sparsity`."""
 
-    def __init__(self, modules: dict[str, SparseMLP]) -> None:
+    def __init__(
+        self, modules: dict[str, SparseMLP], linears: dict[str, SparseLinear] | None = None
+    ) -> None:
         self._counts = {name: _Count(module) for name, module in modules.items()}
+        self._inputs = {name: _InputCount(layer) for name, layer in (linears or {}).items()}
 
     @property
     def sites(self) -> dict[str, float]:
@@ -32,8 +37,24 @@ class SparsityMeter:
         return {name: c.down_sparsity for name, c in self._counts.items() if c.total}
 
     @property
+    def inputs(self) -> dict[str, float]:
+        """Fraction of inputs dropped at each sparse linear layer that saw a token."""
+        return {name: c.sparsity for name, c in self._inputs.items() if c.total}
+
+    @property
+    def input_sparsity(self) -> float | None:
+        """Fraction of inputs dropped over all sparse linear layers, by weight; None without any."""
+        counts = [c for c in self._inputs.values() if c.total]
+        if not counts:
+            return None
+        return sum(c.sparsity * c.weights for c in counts) / sum(c.weights for c in counts)
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of neurons dropped by the first decision over all sites and tokens."""
+        """Fraction of neurons dropped by the first decision over all sites and tokens; of inputs
+        where no gated MLP is sparse."""
+        if not self._counts and (of_inputs := self.input_sparsity) is not None:
+            return of_inputs
         counts = self._seen()
         return 1 - sum(float(c.kept) for c in counts) / sum(c.total for c in counts)
 
@@ -41,36 +62,67 @@ class SparsityMeter:
     def down_sparsity(self) -> float:
         """Fraction of W_down's rows not read over all sites and tokens; without a second decision
         :attr:`sparsity`."""
+        if not self._counts:
+            return self.sparsity
         counts = self._seen()
         return 1 - sum(float(c.kept_down) for c in counts) / sum(c.total for c in counts)
 
     @property
     def bytes_skipped(self) -> float:
-        """Fraction of the MLPs' weight bytes that one-token decode need not read.
+        """Fraction of the sparse layers' weight bytes that one-token decode need not read.
 
-        2s/3 a site; with a second decision or a preview see
-        :func:`catsparse.footprint.bytes_skipped`.
+        2s/3 a gated MLP, with a second decision or a preview see
+        :func:`catsparse.footprint.bytes_skipped`; s a linear layer.
         """
-        counts = self._seen()
+        counts: list[_Count | _InputCount] = [c for c in self._inputs.values() if c.total]
+        counts += self._seen() if self._counts or not counts else []
         return sum(c.bytes_skipped() * c.weights for c in counts) / sum(c.weights for c in counts)
 
     def site_bytes_skipped(self, name: str, down: bool = True) -> float:
-        """Fraction of one site's weight bytes; ``down`` False if all of W_down is read."""
+        """Fraction of one layer's weight bytes; ``down`` False if all of W_down is read, or of a
+        linear layer's weight."""
+        if (linear := self._inputs.get(name)) is not None:
+            return linear.bytes_skipped() if down else 0.0
         return self._counts[name].bytes_skipped(down)
 
     def counter(self, name: str) -> Any:
-        return self._counts[name]
+        return self._counts.get(name) or self._inputs[name]
+
+    def tokens(self, name: str) -> int:
+        """Tokens that a layer counted."""
+        count = self._counts.get(name) or self._inputs[name]
+        return count.total // count.width
 
     def _seen(self) -> list[_Count]:
         counts = [c for c in self._counts.values() if c.total]
         if not counts:
-            raise CatsparseError("no token has passed through a sparse MLP yet; run the model")
+            raise CatsparseError("no token has passed through a sparse layer yet; run the model")
         return counts
+
+
+class _InputCount:
+    def __init__(self, layer: SparseLinear) -> None:
+        self.width, self.weights = layer.in_features, layer.in_features * layer.out_features
+        self.total = 0
+        self.kept: Tensor | int = 0
+
+    def __call__(self, keep: Tensor) -> None:
+        self.total += keep.numel()
+        self.kept = self.kept + keep.sum(dtype=torch.int64)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - float(self.kept) / self.total
+
+    def bytes_skipped(self) -> float:
+        return self.sparsity
 
 
 class _Count:
     def __init__(self, module: SparseMLP) -> None:
         self.module, self.weights = module, _weight_elements(module)
+        rows: int = getattr(module, module.site_gate).out_features
+        self.width = rows // 2 if module.site_up is None else rows
         self.total = 0
         # These stay on the device: reading them is the only sync.
         self.kept: Tensor | int = 0
@@ -116,19 +168,20 @@ def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
     Raises:
         CatsparseError: the model is dense, or being measured already.
     """
-    modules = sparse_modules(model)
-    if not modules:
+    modules, linears = sparse_modules(model), sparse_linears(model)
+    layers: dict[str, SparseMLP | SparseLinear] = {**modules, **linears}
+    if not layers:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
-    if any(module.catsparse_counter is not None for module in modules.values()):
+    if any(layer.catsparse_counter is not None for layer in layers.values()):
         raise CatsparseError("the model is being measured already; use the outer meter")
-    meter = SparsityMeter(modules)
+    meter = SparsityMeter(modules, linears)
     try:
-        for name, module in modules.items():
-            module.catsparse_counter = meter.counter(name)
+        for name, layer in layers.items():
+            layer.catsparse_counter = meter.counter(name)
         yield meter
     finally:
-        for module in modules.values():
-            module.catsparse_counter = None
+        for layer in layers.values():
+            layer.catsparse_counter = None
 
 
 def _weight_elements(module: SparseMLP) -> int:

@@ -3,7 +3,8 @@
 A new method is one more function in :data:`METHODS`: it returns for each neuron the highest bf16
 magnitude bin that is dropped. Everything else (thresholds, means, measured sparsity) follows.
 These decide on the gate; method ``product`` decides on what a preview foretells of the product, and
-has statistics of its own: :func:`product_threshold`.
+has statistics of its own: :func:`product_threshold`. ``teal`` and ``wina``, in
+:data:`INPUT_METHODS`, decide on the inputs of linear layers: :func:`input_threshold`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from .config import check_choice
 from .products import ProductStatistics, decide, second_decision
-from .statistics import DroppedMass, SiteStatistics, bins_below, threshold_above
+from .statistics import (
+    DroppedMass,
+    InputStatistics,
+    SiteStatistics,
+    bins_below,
+    threshold_above,
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,9 @@ class SiteThreshold:
 
     Attributes:
         threshold: fp32, 0-d or ``[I]``; a neuron is kept iff |g| > threshold, with method
-            ``product`` iff |g u|, as its preview foretells it, is.
-        mean: fp32 ``[I]``, E[g u | dropped] of each neuron, or None without compensation.
+            ``product`` iff |g u|, as its preview foretells it, is; an input ``[H]`` iff |x| is.
+        mean: fp32 ``[I]``, E[g u | dropped] of each neuron, E[x | dropped] of each input, or None
+            without compensation.
         scalar: the one number behind the threshold, on the method's score scale.
         sparsity: fraction of neurons dropped by this decision on the calibration tokens.
         product: fp32, 0-d or ``[I]``, if there is a second decision: a neuron is kept iff also
@@ -100,12 +108,29 @@ def product_threshold(
     return SiteThreshold(cut.threshold, mean, cut.scalar, cut.dropped / cut.seen)
 
 
+def input_threshold(
+    statistics: InputStatistics, method: str, sparsity: float, compensate: bool
+) -> SiteThreshold:
+    """Thresholds on |x_j| (and means of x_j, if ``compensate``) that drop ``sparsity`` of the
+    inputs of linear layers, by ``teal`` or ``wina``."""
+    check_choice("method", method, tuple(INPUT_METHODS))
+    mass = DroppedMass(statistics)
+    cut = INPUT_METHODS[method](statistics, mass, sparsity)
+    count, total = mass.at(cut.bins.expand(statistics.neurons))
+    pairs = statistics.tokens * statistics.neurons
+    mean = _mean(count, total) if compensate else None
+    return SiteThreshold(threshold_above(cut.bins), mean, cut.scalar, float(count.sum()) / pairs)
+
+
 def _mean(count: Tensor, total: Tensor) -> Tensor:
     return torch.where(count > 0, total / count.clamp(min=1e-9), 0.0).float()
 
 
-def _cats(statistics: SiteStatistics, mass: DroppedMass, sparsity: float) -> _Cut:
-    """One threshold a layer: the s-quantile of |g| (CATS, arXiv 2404.08763, section 3)."""
+def _quantile(
+    statistics: SiteStatistics | InputStatistics, mass: DroppedMass, sparsity: float
+) -> _Cut:
+    """One threshold a layer: the s-quantile of |g| (CATS, arXiv 2404.08763, section 3), or of |x|
+    (TEAL, arXiv 2408.14690, section 4)."""
     bins = torch.tensor(statistics.quantile_bin(sparsity))
     return _Cut(bins, float(threshold_above(bins)))
 
@@ -129,8 +154,16 @@ def _energy(statistics: SiteStatistics, mass: DroppedMass, sparsity: float) -> _
     return _weighted(statistics, mass, sparsity, statistics.up_rms.square())
 
 
+def _wina(statistics: InputStatistics, mass: DroppedMass, sparsity: float) -> _Cut:
+    """One threshold an input: t_j = T / c_j, T the s-quantile of |x_j| c_j, c_j the norm of the
+    input's weights (WINA, arXiv 2505.19427, which takes the largest scores of each token instead of
+    those above a calibrated threshold). ``scalar`` is T.
+    """
+    return _weighted(statistics, mass, sparsity, statistics.weight_norm.double())
+
+
 def _weighted(
-    statistics: SiteStatistics, mass: DroppedMass, sparsity: float, weight: Tensor
+    statistics: SiteStatistics | InputStatistics, mass: DroppedMass, sparsity: float, weight: Tensor
 ) -> _Cut:
     """Thresholds c / weight_i ``[I]``, c such that a fraction ``sparsity`` of |g_i| lies below."""
     if sparsity == 0:
@@ -152,7 +185,11 @@ def _weighted(
 
 
 METHODS: dict[str, Callable[[SiteStatistics, DroppedMass, float], _Cut]] = {
-    "cats": _cats,
+    "cats": _quantile,
     "chess": _chess,
     "energy": _energy,
+}
+INPUT_METHODS: dict[str, Callable[[InputStatistics, DroppedMass, float], _Cut]] = {
+    "teal": _quantile,
+    "wina": _wina,
 }

@@ -9,11 +9,11 @@ import hashlib
 import inspect
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .batches import Batch, Data, as_batches
 from .calibration import Calibration, GateDecision
 from .config import (
     DEFAULT_METHOD,
@@ -31,17 +32,16 @@ from .config import (
     check_preview,
     check_sparsity,
 )
-from .data import pack_texts
 from .errors import CatsparseError
 from .files import write_atomic
+from .inputs import InputSite, find_inputs, weight_norm
 from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
-from .sites import NearMiss, Site, describe, find_sites
-from .statistics import SiteStatistics
-from .watching import down_norm, make_previews, watch
+from .sites import Site, require_sites
+from .statistics import InputStatistics, SiteStatistics
+from .watching import down_norm, make_previews, watch, watch_inputs
 
-Batch = dict[str, Tensor]
-Data = Tensor | Iterable[Batch] | Sequence[str]
+INPUTS = ("mlp", "attention", "all")
 
 _SAVE_SECONDS = 20.0
 
@@ -62,6 +62,7 @@ def calibrate(
     products_at: float | None = None,
     method: str = DEFAULT_METHOD,
     keep_checkpoint: bool = False,
+    inputs: str | None = None,
 ) -> Calibration:
     """Run ``model`` over calibration tokens and count its gated MLPs' activations.
 
@@ -86,6 +87,9 @@ def calibrate(
         method: by which the gate decides in that pass: ``cats``, ``chess`` or ``energy``.
         keep_checkpoint: leave the file, complete, for the caller to remove: if what follows is
             interrupted, the same call then only reads it.
+        inputs: also count the inputs of linear layers, for the methods ``teal`` and ``wina`` and
+            the scope ``all`` of :func:`catsparse.sparsify`: of the ``mlp``, of ``attention`` (all
+            other layers of the MLPs' blocks), or of ``all``.
 
     Raises:
         CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
@@ -93,6 +97,8 @@ def calibrate(
     """
     check_preview(preview)
     check_choice("method", method, GATE_METHODS)
+    if inputs is not None:
+        check_choice("inputs", inputs, INPUTS)
     if products_at is not None:
         check_sparsity(products_at)
         if isinstance(data, Iterator):
@@ -101,11 +107,12 @@ def calibrate(
                 "list of batches or token ids"
             )
     sites = require_sites(model)
-    batches, total, provenance = _as_batches(
+    batches, total, provenance = as_batches(
         data, tokenizer, tokens, seq_len, batch_size, seed, data_name, _dtype_name(model)
     )
     previews = make_previews(model, sites, preview)
-    run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview)
+    shared = [site for site in find_inputs(model, sites) if inputs in _of(site)] if inputs else []
+    run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview, shared)
 
     def read(label: str) -> None:
         console = Console(stderr=True)
@@ -114,7 +121,12 @@ def calibrate(
         ):
             run.step(batch)
 
-    with watch(model, sites, previews, run.count), evaluating(model), torch.no_grad():
+    with (
+        watch(model, sites, previews, run.count),
+        watch_inputs(model, shared, run.count_inputs),
+        evaluating(model),
+        torch.no_grad(),
+    ):
         read("calibrating")
         if products_at is not None:
             run.begin_products(GateDecision(products_at, method))
@@ -122,24 +134,9 @@ def calibrate(
     return run.finish(keep_checkpoint)
 
 
-def require_sites(model: nn.Module) -> list[Site]:
-    """The model's sites.
-
-    Raises:
-        CatsparseError: there is none, with what was looked for and why near misses were refused.
-    """
-    if any(hasattr(module, "catsparse_threshold") for module in model.modules()):
-        raise CatsparseError("the model is already sparse; call catsparse.densify(model) first")
-    sites, misses = find_sites(model)
-    if not sites:
-        raise CatsparseError(_nothing_found(model, misses))
-    return sites
-
-
-def _nothing_found(model: nn.Module, misses: list[NearMiss]) -> str:
-    looked_for = "down(act(gate(x)) * up(x)), separate or fused gate and up"
-    near = describe(misses) if misses else "no module comes near"
-    return f"{type(model).__name__} has no gated MLP: looked for {looked_for}; {near}"
+def _of(site: InputSite) -> tuple[str, str]:
+    """The values of ``inputs`` that ask for a site."""
+    return ("mlp" if site.of_mlp else "attention"), "all"
 
 
 class _Run:
@@ -152,6 +149,7 @@ class _Run:
         checkpoint: Path | None,
         provenance: Provenance,
         preview: int | None,
+        inputs: list[InputSite],
     ) -> None:
         self.model, self.checkpoint, self.provenance = model, checkpoint, provenance
         self.sites = {site.name: site for site in sites}
@@ -160,6 +158,10 @@ class _Run:
         }
         self.preview = preview
         self.foretold = {s.name: self._no_products(s, "preview") for s in sites if preview}
+        self.inputs = {site.name: site for site in inputs}
+        self.input_statistics = {
+            s.name: InputStatistics.empty(weight_norm(model, s)) for s in inputs
+        }
         # Of the second pass, once it has begun.
         self.products_at: GateDecision | None = None
         self.products: dict[str, ProductStatistics] = {}
@@ -168,7 +170,7 @@ class _Run:
         self.rows: Tensor | None = None  # which of the batch's tokens count; None for all
         self.batch_tokens = 0
         self.seen = 0  # tokens, over both passes
-        self.hash = _model_hash(model, sites, provenance.dtype, preview)
+        self.hash = _model_hash(model, sites, provenance.dtype, preview, inputs)
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1  # the head is not needed
@@ -203,15 +205,8 @@ class _Run:
         g = ACTIVATIONS[site.act](gate).reshape(-1, neurons)
         u, h = up.reshape(-1, neurons), hidden.reshape(-1, neurons)
         foretold = None if foretold_up is None else g * foretold_up.reshape(-1, neurons)
-        if self.rows is not None:
-            if len(g) != self.batch_tokens:
-                raise CatsparseError(
-                    f"{site.name} is given {len(g)} of the batch's {self.batch_tokens} tokens, so "
-                    "padding cannot be told apart; calibrate on windows without padding"
-                )
-            rows = self.rows.to(g.device)
-            g, u, h = g[rows], u[rows], h[rows]
-            foretold = None if foretold is None else foretold[rows]
+        g, u, h = (self._counted(site.name, values) for values in (g, u, h))
+        foretold = None if foretold is None else self._counted(site.name, foretold)
         if self.products_at is None:
             self.statistics[site.name].update(g, u, h)
             if foretold is not None:
@@ -219,6 +214,22 @@ class _Run:
         else:
             keep = keep_mask(g, h, self.thresholds[site.name])
             self.products[site.name].update(h, h, keep)
+
+    def count_inputs(self, site: InputSite, x: Tensor) -> None:
+        if self.products_at is None:
+            x = x.reshape(-1, site.in_features)
+            self.input_statistics[site.name].update(self._counted(site.name, x))
+
+    def _counted(self, name: str, values: Tensor) -> Tensor:
+        """The rows of ``values`` ``[T, ...]`` that are no padding."""
+        if self.rows is None:
+            return values
+        if len(values) != self.batch_tokens:
+            raise CatsparseError(
+                f"{name} is given {len(values)} of the batch's {self.batch_tokens} tokens, so "
+                "padding cannot be told apart; calibrate on windows without padding"
+            )
+        return values[self.rows.to(values.device)]
 
     def _no_products(self, site: Site, option: str) -> ProductStatistics:
         norm = down_norm(self.model, site, option)
@@ -248,7 +259,12 @@ class _Run:
             for part in (self.products, self.foretold)
         )
         decision = self.products_at
-        return Calibration(sites, counted, provenance, self.preview, decision, products, foretold)
+        seen = {name: s.to("cpu") for name, s in self.input_statistics.items() if s.tokens}
+        return Calibration(
+            *(sites, counted, provenance, self.preview, decision, products, foretold),
+            inputs={name: self.inputs[name] for name in seen},
+            input_statistics=seen,
+        )
 
     def finish(self, keep_checkpoint: bool) -> Calibration:
         if self._skipping:
@@ -269,7 +285,7 @@ class _Run:
         result = self.result()
         if not result.provenance.tokens:
             raise CatsparseError("there is no calibration token; give more text")
-        parts = (result.statistics, result.products, result.foretold)
+        parts = (result.statistics, result.products, result.foretold, result.input_statistics)
         for name, statistics in itertools.chain(*(part.items() for part in parts)):
             if not statistics.is_finite:
                 raise CatsparseError(
@@ -323,6 +339,8 @@ class _Run:
                 self.foretold[name] = saved.foretold[name].to(device)
             if self.products_at is not None:
                 self.products[name] = saved.products[name].to(device)
+        for name, seen in saved.input_statistics.items():
+            self.input_statistics[name] = seen.to(self.input_statistics[name].histogram.device)
 
 
 @contextmanager
@@ -337,37 +355,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _as_batches(
-    data: Data,
-    tokenizer: Any,
-    tokens: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    data_name: str,
+def _model_hash(
+    model: nn.Module,
+    sites: list[Site],
     dtype: str,
-) -> tuple[Iterable[Batch], int | None, Provenance]:
-    """(batches, their number if known, provenance)."""
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise CatsparseError("calibration data must be token ids, batches or a list of texts")
-    if isinstance(data, Sequence) and data and all(isinstance(text, str) for text in data):
-        if tokenizer is None:
-            raise CatsparseError("texts need a tokenizer: calibrate(model, texts, tokenizer)")
-        data = pack_texts(data, tokenizer, tokens=tokens, seq_len=seq_len, seed=seed)
-    if isinstance(data, Tensor):
-        if data.dim() != 2 or data.numel() == 0 or data.is_floating_point():
-            raise CatsparseError("token ids must be an integer tensor [windows, length]")
-        batches = [{"input_ids": ids} for ids in data.split(batch_size)]
-        provenance = Provenance(data_name, data.numel(), data.shape[1], seed, dtype)
-        return batches, len(batches), provenance
-    count = len(data) if isinstance(data, Sequence) else None
-    given = cast("Iterable[Batch]", data)
-    return given, count, Provenance(data_name, 0, 0, seed, dtype)
-
-
-def _model_hash(model: nn.Module, sites: list[Site], dtype: str, preview: int | None) -> Any:
-    """Tells runs apart: sites, dtype, a little of each site's weights, and the preview's bits."""
-    kept = () if preview is None else ("foretold",)  # older checkpoints are without
+    preview: int | None,
+    inputs: list[InputSite],
+) -> Any:
+    """Tells runs apart: sites, inputs, dtype, preview's bits, a little of each site's weights."""
+    kept: tuple[object, ...] = () if preview is None else ("foretold",)  # older ones are without
+    kept += tuple(inputs)
     digest = hashlib.sha256(repr((sites, dtype, preview, *kept)).encode())
     for site in sites:
         weight: Any = getattr(

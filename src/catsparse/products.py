@@ -21,6 +21,7 @@ from torch import Tensor
 from .statistics import (
     BINS,
     BUCKETS,
+    OCTAVES,
     DroppedMass,
     Layout,
     Magnitudes,
@@ -29,9 +30,6 @@ from .statistics import (
     pieces,
     threshold_above,
 )
-
-# Products spread over more magnitudes than gates: whole octaves, 2^-22 to 2^10.
-OCTAVES = Layout(127 - 22, 7)
 
 
 @dataclass

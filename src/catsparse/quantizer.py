@@ -20,8 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import hub
 from .hub import QUANT_METHOD
-from .modules import sparse_modules
-from .surgery import apply_thresholds
+from .surgery import apply_thresholds, sparse_layers
 
 
 class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -73,7 +72,7 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """A merged model's ``save_pretrained``: the weights and the thresholds with them."""
-    if sparse_modules(model):
+    if sparse_layers(model):
         hub.save_files(model, Path(save_directory), merge=True, **kwargs)
     else:
         type(model).save_pretrained(model, save_directory, **kwargs)

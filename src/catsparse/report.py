@@ -116,7 +116,7 @@ def plot_compare(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Pat
 
 
 def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
-    """Rise of perplexity against the MLP bytes skipped, both as measured: a panel for each text, a
+    """Rise of perplexity against the bytes skipped, both as measured: a panel for each text, a
     line for each method (dashed: not compensated) and allocation, with standard errors.
 
     Args:
@@ -148,7 +148,8 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
                 capsize=2,
             )
         axis.set_title(f"{rows[0]['model']} on {text}", loc="left", fontsize=8.5)
-        axis.set_xlabel("MLP bytes skipped")
+        of = "MLP" if rows[0]["scope"] == "mlp" else "all linears'"
+        axis.set_xlabel(f"{of} bytes skipped")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         # From a percent to a doubling in one view; what does not rise, too.
         axis.set_yscale("symlog", linthresh=0.01)

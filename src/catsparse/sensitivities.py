@@ -23,10 +23,11 @@ KEY = "catsparse.sensitivities"  # of the file's metadata
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Loss of the whole model with one gated MLP sparse and all others dense.
+    """Loss of the whole model with one site, gated MLP or input, sparse and all others dense.
 
     Attributes:
-        method, compensate, preview: how that MLP was made sparse. The table says nothing of others.
+        method, compensate, preview, scope: how that site was made sparse, and what sites there are.
+            The table says nothing of others.
         tokens: tokens that each loss is a mean over.
         sparsities: the grid, rising, between 0 and 1 (G numbers).
         losses: by site ``[G]`` fp64, KL(dense || sparse) in nats a token at each of them.
@@ -41,6 +42,7 @@ class Sensitivities:
     tokens: int
     sparsities: tuple[float, ...]
     losses: dict[str, Tensor]
+    scope: str = "mlp"
 
     def __post_init__(self) -> None:
         check_choice("the sensitivities' method", self.method, METHODS)
@@ -63,7 +65,10 @@ class Sensitivities:
         """The site's loss at any sparsity up to the grid's last.
 
         Between the points of the grid, and (0, 0), by a cubic that rises wherever they do; where
-        noise makes a loss smaller than one at a lower sparsity, it counts as equal.
+        noise makes a loss smaller than one at a lower sparsity, it counts as equal. What is no loss
+        of sparsity is taken off: in bf16 any change, however small, alters the rounding of all that
+        follows. A loss rises at least with the square of a small sparsity, so of the first point's
+        what goes beyond that is such a floor.
 
         Args:
             name: the site.
@@ -75,6 +80,9 @@ class Sensitivities:
         zero = torch.zeros(1, dtype=torch.float64)
         x = torch.cat([zero, torch.tensor(self.sparsities, dtype=torch.float64)])
         y = torch.cat([zero, self.losses[name].cummax(0).values])
+        if len(x) > 2:
+            floor = y[1] - y[2] * (x[1] / x[2]) ** 2
+            y = (y - floor.clamp(min=0)).clamp(min=0)
         return interpolate(x, y, at)
 
     def require(
@@ -105,6 +113,7 @@ class Sensitivities:
         header = {
             "method": self.method,
             "compensate": self.compensate,
+            "scope": self.scope,
             "tokens": self.tokens,
             "sparsities": list(self.sparsities),
         }
@@ -115,22 +124,22 @@ class Sensitivities:
 class _Header:
     method: str
     compensate: bool
+    scope: str
     tokens: int
 
 
 def read_sensitivities(
     metadata: dict[str, str],
     tensor: Callable[[str], Tensor],
-    sites: Iterable[str],
-    preview: int | None,
+    sites: Callable[[str, str], Iterable[str]],
+    preview: Callable[[str], int | None],
 ) -> Sensitivities | None:
     """What a calibration's file holds; None if it was saved without.
 
     Args:
         metadata: of the file.
         tensor: gives a tensor of the file by its key.
-        sites: the calibration's.
-        preview: the calibration's.
+        sites, preview: the calibration's, by method and scope, and by method.
 
     Raises:
         CatsparseError: the table is damaged.
@@ -139,16 +148,18 @@ def read_sensitivities(
         return None
     raw = parse_json(metadata[KEY], "sensitivities")
     grid = raw.pop("sparsities", None) if isinstance(raw, dict) else None
-    if not isinstance(grid, list):
+    if not isinstance(raw, dict) or not isinstance(grid, list):
         raise CatsparseError("the sensitivities lack their sparsities")
-    header: _Header = build(_Header, raw, "sensitivities")
+    # The oldest files know of no scope.
+    header: _Header = build(_Header, {"scope": "mlp"} | raw, "sensitivities")
     return Sensitivities(
         header.method,
         header.compensate,
-        preview,
+        preview(header.method),
         header.tokens,
         tuple(grid),
-        {name: tensor(f"{name}.sensitivity") for name in sites},
+        {name: tensor(f"{name}.sensitivity") for name in sites(header.method, header.scope)},
+        header.scope,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .errors import CatsparseError
 from .kernels import ACTIVATIONS
 
 
@@ -93,6 +94,26 @@ def describe(misses: list[NearMiss], limit: int = 5) -> str:
         for (kind, reason), names in groups.items()
     ]
     return "; ".join(lines[:limit]) + ("; ..." if len(lines) > limit else "")
+
+
+def require_sites(model: nn.Module) -> list[Site]:
+    """The model's sites.
+
+    Raises:
+        CatsparseError: there is none, with what was looked for and why near misses were refused.
+    """
+    if any(hasattr(module, "catsparse_threshold") for module in model.modules()):
+        raise CatsparseError("the model is already sparse; call catsparse.densify(model) first")
+    sites, misses = find_sites(model)
+    if not sites:
+        raise CatsparseError(_nothing_found(model, misses))
+    return sites
+
+
+def _nothing_found(model: nn.Module, misses: list[NearMiss]) -> str:
+    looked_for = "down(act(gate(x)) * up(x)), separate or fused gate and up"
+    near = describe(misses) if misses else "no module comes near"
+    return f"{type(model).__name__} has no gated MLP: looked for {looked_for}; {near}"
 
 
 def match_gated_mlp(module: nn.Module, name: str = "") -> Site:

@@ -13,7 +13,7 @@ Adding two statistics equals having seen both token streams.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class Layout(NamedTuple):
 
 
 HALF_OCTAVES = Layout(2 * (127 - 11), 6)  # exponent and top mantissa bit, 2^-11 to 2^5
+OCTAVES = Layout(127 - 22, 7)  # 2^-22 to 2^10, for what spreads over more magnitudes than gates
 _FIRST_NOT_FINITE = 0x7F80
 # Elements handled at once. On a CPU this keeps the int64 temporaries in cache, at 2 MB each; on a
 # GPU it bounds them to 64 MB each and keeps launches few.
@@ -144,6 +145,54 @@ class SiteStatistics(Magnitudes):
     def up_rms(self) -> Tensor:
         """``[I]`` fp64: sqrt(E[u^2]) of each neuron."""
         return (self.up_square / max(self.tokens, 1)).sqrt()
+
+
+@dataclass
+class InputStatistics(Magnitudes):
+    """Statistics of H inputs that one or several linear layers share; x takes the place of g and h.
+
+    Attributes:
+        tokens: tokens seen.
+        histogram: ``[BINS]`` int64, |x| over tokens and inputs.
+        bucket_count: ``[BUCKETS, H]`` int32, tokens whose |x| fell in the bucket.
+        bucket_sum: ``[BUCKETS, H]`` fp32, sum of x over them.
+        weight_norm: ``[H]`` fp32, norm of each input's weights in all these layers.
+    """
+
+    layout: ClassVar[Layout] = OCTAVES
+
+    tokens: int
+    histogram: Tensor
+    bucket_count: Tensor
+    bucket_sum: Tensor
+    weight_norm: Tensor
+
+    @classmethod
+    def empty(cls, weight_norm: Tensor) -> InputStatistics:
+        """Nothing counted yet, on the device of ``weight_norm`` ``[H]``."""
+        device, inputs = weight_norm.device, len(weight_norm)
+        return cls(
+            0,
+            torch.zeros(BINS, dtype=torch.int64, device=device),
+            torch.zeros(BUCKETS, inputs, dtype=torch.int32, device=device),
+            torch.zeros(BUCKETS, inputs, dtype=torch.float32, device=device),
+            weight_norm.float(),
+        )
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        # The norms are the model's, not counts.
+        return replace(super().__add__(other), weight_norm=self.weight_norm)
+
+    @property
+    def neurons(self) -> int:
+        return self.weight_norm.shape[0]
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Count tokens; x is ``[T, H]`` on the statistics' device."""
+        for piece in pieces(x):
+            self.tokens += len(x[piece])
+            self._count(magnitude_bins(x[piece]), x[piece])
 
 
 class DroppedMass:

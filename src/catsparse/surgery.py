@@ -17,17 +17,20 @@ from .config import (
     PREFILL_POLICIES,
     PRODUCT,
     BaseModel,
+    InputConfig,
     SiteConfig,
     SparsityConfig,
     check_choice,
     check_preview,
 )
 from .errors import CatsparseError
-from .kernels import Backend, Choice, choose_backend
+from .kernels import Backend
+from .linears import SparseLinear, add_input_sparsity, remove_input_sparsity, sparse_linears
 from .methods import SiteThreshold
 from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
-from .observation import require_sites
-from .sites import Site, describe, find_sites
+from .sites import Site, require_sites
+from .strict_json import shorten
+from .weights import why_no_matrix
 
 
 def sparsify(
@@ -41,6 +44,7 @@ def sparsify(
     preview: int | None = None,
     bytes_skipped: float | None = None,
     allocation: str = "uniform",
+    scope: str = "mlp",
 ) -> Any:
     """Make ``model`` activation-sparse in place and return it.
 
@@ -54,14 +58,15 @@ def sparsify(
         calibration_or_config: a :class:`Calibration`, or a :class:`SparsityConfig` of method
             ``cats`` without compensation and second decision, whose scalar thresholds are used as
             they are (the other arguments are then the config's own).
-        sparsity: fraction of neurons to drop, 0 <= sparsity < 1, the same in every layer or one
-            for each by module name; 0 keeps the dense result. None for 0.5, or for what
-            ``bytes_skipped`` asks.
+        sparsity: fraction of neurons (or inputs) to drop, 0 <= sparsity < 1, the same in every
+            layer or one for each by module name; 0 keeps the dense result. None for 0.5, or for
+            what ``bytes_skipped`` asks.
         method: ``cats`` (one threshold a layer), ``chess`` or ``energy`` (one a neuron), which
             decide on the gate, or ``product`` (one a neuron), which decides on the product that a
-            preview foretells and needs a calibration with one; see :mod:`catsparse.methods`. None
-            for ``product`` if the calibration has a preview and there is no ``down_sparsity``,
-            else ``energy``.
+            preview foretells and needs a calibration with one; or ``teal`` (one a layer) or
+            ``wina`` (one an input), which decide on the inputs of linear layers and need a
+            calibration with ``inputs``; see :mod:`catsparse.methods`. None for ``product`` if the
+            calibration has a preview and there is no ``down_sparsity``, else ``energy``.
         compensate: replace a dropped neuron by its mean over the tokens it is dropped on.
         prefill: ``masked`` (every token is thresholded) or ``dense`` (calls of more than 16
             tokens run dense, so only decode is sparse).
@@ -71,10 +76,12 @@ def sparsify(
             no second decision.
         preview: bits of the copy of W_gate, or of W_gate and W_up, that decides which neurons live;
             None for what was calibrated.
-        bytes_skipped: fraction of the MLPs' weight bytes that decode is not to read, instead of
+        bytes_skipped: fraction of the scope's weight bytes that decode is not to read, instead of
             ``sparsity``.
         allocation: how ``bytes_skipped`` is spread over the layers: ``uniform``, or ``greedy`` or
             ``optimal``, by measured sensitivities; see :func:`catsparse.allocate`.
+        scope: ``mlp``, or ``all`` linear layers of the MLPs' blocks: attention's drop inputs by
+            ``teal``, or by ``method`` if that is one of inputs.
 
     Raises:
         CatsparseError: the model's gated MLPs are not those that were calibrated, the calibration
@@ -95,28 +102,31 @@ def sparsify(
     method = calibration.default_method(down_sparsity) if method is None else method
     check_budget(sparsity, bytes_skipped, allocation, down_sparsity)
     if bytes_skipped is not None:
-        sparsity = allocate(calibration, bytes_skipped, allocation, method, compensate)
+        sparsity = allocate(calibration, bytes_skipped, allocation, method, compensate, scope)
     elif sparsity is None:
         sparsity = 0.5
-    thresholds = calibration.thresholds(sparsity, method, compensate, down_sparsity)
-    sites = {
-        name: SiteConfig(
-            t.scalar,
-            t.sparsity,
-            calibration.sites[name].act,
-            calibration.sites[name].hidden_size,
-            calibration.sites[name].intermediate_size,
-            t.product_scalar,
-            t.down_sparsity,
+    thresholds = calibration.thresholds(sparsity, method, compensate, down_sparsity, scope)
+    sites, inputs = {}, {}
+    for name, t in thresholds.items():
+        if (shared := calibration.inputs.get(name)) is not None:
+            sizes = shared.in_features, shared.out_features
+            inputs[name] = InputConfig(shared.linears, t.scalar, t.sparsity, *sizes)
+            continue
+        site = calibration.sites[name]
+        sites[name] = SiteConfig(
+            *(t.scalar, t.sparsity, site.act, site.hidden_size, site.intermediate_size),
+            product_threshold=t.product_scalar,
+            down_sparsity=t.down_sparsity,
         )
-        for name, t in thresholds.items()
-    }
     config = SparsityConfig(
         sites=sites,
         method=method,
         compensate=compensate,
-        sparsity=_asked(sparsity, sites),
-        measured_sparsity=_mean([(s.sparsity, s.intermediate_size) for s in sites.values()]),
+        sparsity=_asked(sparsity, sites, inputs),
+        measured_sparsity=_mean(
+            [(s.sparsity, s.intermediate_size) for s in sites.values()]
+            or [(s.sparsity, s.in_features * s.out_features) for s in inputs.values()]
+        ),
         down_sparsity=down_sparsity,
         measured_down_sparsity=_mean(
             [
@@ -125,8 +135,10 @@ def sparsify(
                 if s.down_sparsity is not None
             ]
         ),
-        preview=calibration.preview,
+        preview=calibration.preview_of(method),
         prefill=prefill,
+        inputs=inputs,
+        scope=scope,
         base_model=base_model_of(model),
         calibration=calibration.provenance,
         catsparse_version=__version__,
@@ -136,11 +148,12 @@ def sparsify(
 
 def densify(model: Any) -> Any:
     """Undo :func:`sparsify` in place and return the model; its parameters are the same objects."""
-    modules = sparse_modules(model)
-    if not modules:
+    if not sparse_layers(model):
         raise CatsparseError("the model is not sparse; there is nothing to undo")
-    for module in modules.values():
+    for module in sparse_modules(model).values():
         remove_sparsity(module)
+    for linear in sparse_linears(model).values():
+        remove_input_sparsity(linear)
     owner = _state_owner(model)
     if owner is not None:
         del owner.catsparse
@@ -153,7 +166,7 @@ def densify(model: Any) -> Any:
 @contextmanager
 def run_dense(model: nn.Module) -> Iterator[None]:
     """Run a sparse model's dense forward inside the ``with`` block; nothing is copied."""
-    before = {module: module.catsparse_enabled for module in sparse_modules(model).values()}
+    before = {module: module.catsparse_enabled for module in sparse_layers(model).values()}
     try:
         for module in before:
             module.catsparse_enabled = False
@@ -166,7 +179,7 @@ def run_dense(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def threshold_every_token(model: nn.Module) -> Iterator[None]:
     """Threshold every token inside the ``with`` block, whatever the prefill policy."""
-    before = {module: module.catsparse_prefill for module in sparse_modules(model).values()}
+    before = {module: module.catsparse_prefill for module in sparse_layers(model).values()}
     try:
         for module in before:
             module.catsparse_prefill = "masked"
@@ -195,7 +208,7 @@ def set_backend(model: nn.Module, backend: str = "auto", down_copy: bool = True)
         CatsparseError: the model is dense, the backend is unknown, or it cannot run here.
     """
     check_choice("backend", backend, tuple(b.value for b in Backend))
-    modules = sparse_modules(model)
+    modules = sparse_layers(model)
     if not modules:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
     asked = Backend(backend)
@@ -230,6 +243,13 @@ def apply_thresholds(
     found = {site.name: site for site in require_sites(model)}
     for name, wanted in config.sites.items():
         _check_site(name, wanted, found)
+    for name, shared in config.inputs.items():
+        _check_input(model, name, shared)
+    for name, shared in config.inputs.items():
+        t = thresholds[name]
+        for linear in shared.linears:
+            layer = model.get_submodule(linear)
+            add_input_sparsity(layer, t.threshold, t.mean, config.prefill)
     for name in config.sites:
         t = thresholds[name]
         module, site = model.get_submodule(name), found[name]
@@ -239,6 +259,21 @@ def apply_thresholds(
         )
     model.catsparse = SparseState(config, thresholds, calibration)
     return model
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseMLP | SparseLinear]:
+    """The sparse MLPs and the sparse linear layers of a model by name."""
+    return {**sparse_modules(model), **sparse_linears(model)}
+
+
+def layers_of(model: nn.Module) -> dict[str, list[SparseMLP | SparseLinear]]:
+    """The sparse layers of each site of a model that :func:`sparsify` made sparse."""
+    config = state_of(model).config
+    layers: dict[str, list[SparseMLP | SparseLinear]] = {
+        name: [module] for name, module in sparse_modules(model).items()
+    }
+    linears = sparse_linears(model)
+    return layers | {n: [linears[name] for name in s.linears] for n, s in config.inputs.items()}
 
 
 def state_of(model: Any) -> SparseState:
@@ -252,79 +287,6 @@ def state_of(model: Any) -> SparseState:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
     state: SparseState = owner.catsparse
     return state
-
-
-def explain(model: nn.Module) -> str:
-    """How each gated MLP of ``model`` runs, and why near misses were left dense; one line each."""
-    sparse, paths = sparse_modules(model), model_paths(model)
-    lines = []
-    for name, module in sparse.items():
-        threshold = module.catsparse_threshold
-        kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
-        if module.catsparse_mean is not None:
-            kind += ", compensated"
-        if (bits := module.catsparse_preview_bits) is not None:
-            reason = module.why_not_preview()
-            on = "product" if module.catsparse_of_products else "gate"
-            kind += f", {bits}-bit {on} preview"
-            kind += "" if reason is None else f" (not in use: {reason}; the exact {on} decides)"
-        if module.catsparse_product_threshold is not None:
-            kind += ", second decision"
-        lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
-    sites, misses = find_sites(model)
-    sites = [site for site in sites if site.name not in sparse]
-    lines += [f"{site.name}: dense gated MLP ({site.act})" for site in sites]
-    misses = [m for m in misses if m.name not in sparse]
-    if misses:
-        lines.append(f"refused: {describe(misses, limit=20)}")
-    return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
-
-
-@dataclass(frozen=True)
-class DecodePath:
-    """How a sparse MLP decodes, in words; whether dropped neurons' rows of up (and of gate, if a
-    preview decides) and of down are then left unread. (The exact product needs all of up.)"""
-
-    words: str
-    skips_up: bool
-    skips_down: bool
-
-
-def model_paths(model: nn.Module) -> dict[str, DecodePath]:
-    """The path that decode takes in each sparse MLP of ``model``, by name."""
-    return {name: _path(module) for name, module in sparse_modules(model).items()}
-
-
-def decode_paths() -> dict[str, str]:
-    """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    choices = {
-        str(d).removeprefix("torch."): choose_backend(Backend.AUTO, device, d) for d in dtypes
-    }
-    return {name: _words(choice) for name, choice in choices.items()}
-
-
-def _words(choice: Choice) -> str:
-    if not choice.kernel_tokens:
-        return f"torch, dense matmuls ({choice.reason})"
-    return f"the {choice.backend.value} kernel ({choice.reason})"
-
-
-def _path(module: SparseMLP) -> DecodePath:
-    reason = module.why_not_raw()
-    if reason is not None:
-        return DecodePath(f"masked children ({reason})", False, False)
-    choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
-    if not choice.kernel_tokens:
-        return DecodePath(_words(choice), False, False)
-    rows, skips_down = ["gate", "up"], module.catsparse_down_copy
-    if module.why_not_preview() is not None:  # the exact gate is read; for the exact product up too
-        rows = [] if module.catsparse_of_products else ["up"]
-    kept = " and ".join(", ".join([*rows, *["down"] * skips_down]).rsplit(", ", 1))
-    words = f"{_words(choice)}, reading " + (f"kept rows of {kept}" if kept else "gate and up")
-    words += "" if skips_down else ", all of down (no copy)"
-    return DecodePath(words, bool(rows), skips_down)
 
 
 def base_model_of(model: Any) -> BaseModel | None:
@@ -352,8 +314,31 @@ def _check_site(name: str, wanted: SiteConfig, found: dict[str, Site]) -> None:
         )
 
 
+def _check_input(model: nn.Module, name: str, wanted: InputConfig) -> None:
+    modules, rows = dict(model.named_modules()), 0
+    for linear in wanted.linears:
+        layer = modules.get(linear)
+        reason = "the model has none of that name" if layer is None else None
+        if layer is not None:
+            reason = why_no_matrix(shorten(linear), layer)
+        if layer is not None and reason is None and layer.in_features != wanted.in_features:
+            reason = f"it has {layer.in_features} inputs, not {wanted.in_features}"
+        if layer is None or reason is not None:
+            raise CatsparseError(
+                f"the input of {shorten(linear)} cannot be thresholded ({reason}); use the model "
+                "that was calibrated"
+            )
+        rows += int(layer.out_features)
+    if rows != wanted.out_features:
+        raise CatsparseError(
+            f"the layers that share the input of {shorten(name)} have {rows} outputs in the model "
+            f"but {wanted.out_features} in the calibration; use the model that was calibrated"
+        )
+
+
 def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
-    if config.method != "cats" or config.compensate or config.down_sparsity is not None:
+    more = config.compensate or config.down_sparsity is not None or config.scope != "mlp"
+    if config.method != "cats" or more:
         raise CatsparseError(
             "a config alone is enough only for method 'cats' without compensation and second "
             "decision; give the calibration, or load the directory with catsparse.load"
@@ -370,11 +355,19 @@ def _mean(weighted: list[tuple[float, int]]) -> float | None:
     return sum(share * size for share, size in weighted) / neurons if neurons else None
 
 
-def _asked(sparsity: float | Mapping[str, float], sites: dict[str, SiteConfig]) -> float:
-    """The sparsity asked for over all neurons."""
+def _asked(
+    sparsity: float | Mapping[str, float],
+    sites: dict[str, SiteConfig],
+    inputs: dict[str, InputConfig],
+) -> float:
+    """The sparsity asked for over all neurons, or over all inputs if there is no other."""
     if not isinstance(sparsity, Mapping):
         return sparsity
-    return _mean([(sparsity[name], site.intermediate_size) for name, site in sites.items()]) or 0.0
+    weighted = [(sparsity[name], site.intermediate_size) for name, site in sites.items()]
+    weighted = weighted or [
+        (sparsity[name], part.in_features * part.out_features) for name, part in inputs.items()
+    ]
+    return _mean(weighted) or 0.0
 
 
 def _state_owner(model: Any) -> Any:

@@ -14,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from . import decoding
 from .errors import CatsparseError
+from .explanation import model_paths
 from .meter import achieved_sparsity
-from .modules import sparse_modules
-from .surgery import model_paths, threshold_every_token
+from .surgery import sparse_layers, threshold_every_token
 
 Show = Callable[[str], None]
 
@@ -71,14 +71,17 @@ class Dropped:
 
     Attributes:
         sparsity: fraction of neurons dropped over all MLPs; ``lowest`` and ``highest`` of any one.
-        bytes_skipped: fraction of the MLPs' weight bytes that one-token decode leaves unread on
-            the path it takes here: 0 where that is torch's dense matmuls.
+            Where no MLP is sparse, of inputs over all sparse linear layers.
+        bytes_skipped: fraction of the sparse layers' weight bytes that one-token decode leaves
+            unread on the path it takes here: 0 where that is torch's dense matmuls.
+        nbytes: the weight bytes of these layers.
     """
 
     sparsity: float
     lowest: float
     highest: float
     bytes_skipped: float
+    nbytes: int
 
 
 class TextGenerator:
@@ -178,19 +181,20 @@ def measure(model: Any, ids: Tensor) -> Dropped:
         options["logits_to_keep"] = 1  # the head is not needed
     with torch.no_grad(), threshold_every_token(model), achieved_sparsity(model) as meter:
         model(input_ids=ids[None].to(model.device), **options)
-    sites, paths = meter.sites, model_paths(model)
+    seen, paths = meter.sites | meter.inputs, model_paths(model)
     sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in sparse_modules(model).items()
-        if name in sites
+        name: sum(p.nbytes for p in layer.parameters())
+        for name, layer in sparse_layers(model).items()
+        if name in seen
     }
     skipped = sum(
         meter.site_bytes_skipped(name, paths[name].skips_down) * size
         for name, size in sizes.items()
         if paths[name].skips_up or paths[name].skips_down
     )
-    shares = sites.values()
-    return Dropped(meter.sparsity, min(shares), max(shares), skipped / sum(sizes.values()))
+    shares = (meter.sites or meter.inputs).values()
+    total = sum(sizes.values())
+    return Dropped(meter.sparsity, min(shares), max(shares), skipped / total, total)
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]

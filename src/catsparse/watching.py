@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CatsparseError
+from .inputs import InputSite
 from .kernels import dequantize, make_preview
 from .sites import Site
 from .weights import why_no_matrix, why_not_readable
@@ -121,3 +122,24 @@ def _watch(
     if site.up is not None:
         handles.append(module.get_submodule(site.up).register_forward_hook(keep("up")))
     return handles
+
+
+@contextmanager
+def watch_inputs(
+    model: nn.Module, sites: Sequence[InputSite], count: Callable[[InputSite, Tensor], None]
+) -> Iterator[None]:
+    """Call ``count`` with what the linears of each site are given while the model runs."""
+
+    def consume(site: InputSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda linear, args: count(site, args[0])
+
+    handles: list[Any] = []
+    try:
+        for site in sites:
+            # They share it, so one of them tells.
+            linear = model.get_submodule(site.name)
+            handles.append(linear.register_forward_pre_hook(consume(site)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

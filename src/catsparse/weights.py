@@ -100,9 +100,10 @@ def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = No
     return None
 
 
-def why_no_matrix(name: str, child: nn.Module) -> str | None:
-    """Why ``child`` has no weight that is a plain matrix here; None if it has."""
-    if type(child) is not nn.Linear:
+def why_no_matrix(name: str, child: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
+    """Why ``child``, which must be of the class ``plain``, has no weight that is a plain matrix
+    here; None if it has."""
+    if type(child) is not plain:
         kind = type(child)  # LoRA's linear is called Linear too: say whose it is
         return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
     if type(child.weight) is not nn.Parameter:

@@ -22,15 +22,13 @@ from ..config import PRODUCT
 from ..decoding import generate
 from ..errors import CatsparseError
 from ..footprint import bytes_skipped
-from ..kernels import gated_mlp_reference
+from ..linears import sparse_linears
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
-from ..surgery import run_dense, set_backend, state_of
-from .rows import TOLERANCE, Probe, Row, commit, device_name, quantiles, versions
+from ..surgery import run_dense, set_backend, sparse_layers, state_of
+from .checks import WARM_TOKENS, check, kept, options_for
+from .rows import Probe, Row, commit, device_name, quantiles, versions
 
-# On a GPU, a step's kernels are built and its graph is captured while these tokens are decoded; a
-# batch's time is that of a long run less one of so many tokens.
-WARM_TOKENS = 8
 _STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
 Preview = tuple[Tensor | None, Tensor | None]  # packed, and its scales
@@ -48,7 +46,7 @@ class Variant:
     sparsity: float
     thresholds: dict[str, SiteThreshold] | None = None
     previews: dict[str, Preview] | None = None
-    bytes_skipped: float = 0.0
+    unread: float = 0.0  # bytes of the sparse layers a step
     max_err: float = 0.0
     intervals: list[float] = field(default_factory=list)
 
@@ -97,6 +95,10 @@ def bench_decode(
         )
         for m in sparse_modules(model).values()
     ]
+    linears = [
+        (m, m.catsparse_threshold, m.catsparse_mean, m.catsparse_backend, m.catsparse_down_copy)
+        for m in sparse_linears(model).values()
+    ]
     try:
         return _bench(
             *(model, name, sparsities, prompt, new_tokens, rounds),
@@ -107,6 +109,9 @@ def bench_decode(
             module.catsparse_preview, module.catsparse_preview_scale = preview
             module.set_backend(asked, copy)
             module.set_threshold(threshold, mean, product)
+        for linear, threshold, mean, asked, copy in linears:
+            linear.set_backend(asked, copy)
+            linear.set_threshold(threshold, mean)
 
 
 def _bench(
@@ -164,26 +169,30 @@ def _variant(
     # What the model has of a second decision belongs to its own sparsity.
     own = calibration.products_at == GateDecision(sparsity, config.method)
     thresholds = calibration.thresholds(
-        sparsity, config.method, config.compensate, config.down_sparsity if own else None
+        *(sparsity, config.method, config.compensate, config.down_sparsity if own else None),
+        scope=config.scope,
     )
     kind = "product" if config.method == PRODUCT else "preview"
     impl = "catsparse" if previews is None else f"catsparse_{kind}{calibration.preview}"
     variant = Variant(impl, sparsity, thresholds, previews)
-    modules = sparse_modules(model).values()
     _apply(model, variant)
-    choices = [module._catsparse_choice for module in modules]
+    modules = sparse_modules(model).values()
+    choices = [layer._catsparse_choice for layer in sparse_layers(model).values()]
     if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
-        keep, kept = _kept(model, prompt)
-        gate, _ = next(iter(modules)).raw_gate_up()
-        variant.bytes_skipped = bytes_skipped(
-            1 - keep,
-            1 - kept if down_copy else 0.0,
-            None if previews is None else calibration.preview,
-            gate.shape[1],
-            gate.element_size(),
-            of_products=config.method == PRODUCT,
-        )
-    variant.max_err = _check(model, prompt)
+        seen = kept(model, prompt)
+        if modules:
+            gate, _ = next(iter(modules)).raw_gate_up()
+            share = bytes_skipped(
+                1 - seen.first,
+                1 - seen.down if down_copy else 0.0,
+                None if previews is None else calibration.preview,
+                gate.shape[1],
+                gate.element_size(),
+                of_products=config.method == PRODUCT,
+            )
+            variant.unread += share * sum(p.nbytes for m in modules for p in m.parameters())
+        variant.unread += seen.input_bytes if down_copy else 0.0
+    variant.max_err = check(model, prompt)
     return variant
 
 
@@ -195,53 +204,14 @@ def _apply(model: Any, variant: Variant) -> None:
             none: Preview = (None, None)
             preview = none if variant.previews is None else variant.previews[name]
             module.catsparse_preview, module.catsparse_preview_scale = preview
+        for name, part in state_of(model).config.inputs.items():
+            t = variant.thresholds[name]
+            for linear in part.linears:
+                model.get_submodule(linear).set_threshold(t.threshold, t.mean)
 
 
 def _preview(module: SparseMLP) -> Preview:
     return module.catsparse_preview, module.catsparse_preview_scale
-
-
-def _kept(model: Any, prompt: Tensor) -> tuple[float, float]:
-    """Shares of neurons whose rows a decode step reads: those that any sequence keeps, by the
-    gate's decision and in all."""
-    modules = sparse_modules(model).values()
-    union = _Union(prompt.shape[0])
-    try:
-        for module in modules:
-            module.catsparse_counter = union
-        model.generate(prompt, **_options(prompt, WARM_TOKENS))
-    finally:
-        for module in modules:
-            module.catsparse_counter = None
-    return float(union.keep) / union.total, float(union.kept) / union.total
-
-
-class _Union:
-    """Counts, in decode steps of ``batch`` sequences, neurons that any of them keeps."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch, self.total = batch, 0
-        self.keep: Tensor | int = 0
-        self.kept: Tensor | int = 0
-
-    def __call__(self, keep: Tensor, kept: Tensor) -> None:
-        neurons = keep.shape[-1]
-        if keep.numel() == self.batch * neurons:  # else it is the prompt's
-            self.keep = self.keep + keep.view(-1, neurons).any(0).sum(dtype=torch.int64)
-            self.kept = self.kept + kept.view(-1, neurons).any(0).sum(dtype=torch.int64)
-            self.total += neurons
-
-
-def _options(prompt: Tensor, new_tokens: int) -> dict[str, Any]:
-    return {
-        "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
 
 
 def _generate(model: Any, variant: Variant, prompt: Tensor, new_tokens: int) -> list[float]:
@@ -252,7 +222,7 @@ def _generate(model: Any, variant: Variant, prompt: Tensor, new_tokens: int) -> 
     with run_dense(model) if variant.thresholds is None else nullcontext():
         if prompt.shape[0] > 1:  # a streamer takes one sequence: the time of a long and a short run
             return [_difference(model, step, prompt, new_tokens)]
-        options = _options(prompt, new_tokens)
+        options = options_for(prompt, new_tokens)
         generate(model, prompt, step=step, streamer=clock, **options)
     # The first time is the prompt's arrival, the second the token that its forward pass gave.
     times = clock.times[1:]
@@ -267,7 +237,7 @@ def _difference(model: Any, step: str, prompt: Tensor, new_tokens: int) -> float
     took = []
     for count in (WARM_TOKENS, WARM_TOKENS, new_tokens):
         start = time.perf_counter()
-        ids = generate(model, prompt, step=step, **_options(prompt, count))
+        ids = generate(model, prompt, step=step, **options_for(prompt, count))
         ids[0, -1].item()
         took.append(time.perf_counter() - start)
     return (took[2] - took[1]) / (new_tokens - WARM_TOKENS)
@@ -286,58 +256,8 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         pass
 
 
-def _check(model: Any, prompt: Tensor) -> float:
-    """Largest error of first, middle and last MLP on their real inputs for the last prompt token.
-
-    Raises:
-        CatsparseError: it is above the dtype's tolerance.
-    """
-    modules = list(sparse_modules(model).items())
-    chosen = dict(modules[i] for i in sorted({0, len(modules) // 2, len(modules) - 1}))
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Any, tuple[Tensor]], None]:
-        def hook(module: Any, args: tuple[Tensor]) -> None:
-            inputs[name] = args[0].reshape(-1, args[0].shape[-1])[-1:].detach()
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(keep(name)) for name, m in chosen.items()]
-    try:
-        with torch.no_grad():
-            model(prompt, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max([_error(name, chosen[name], x) for name, x in inputs.items()])
-
-
-@torch.no_grad()
-def _error(name: str, module: SparseMLP, x: Tensor) -> float:
-    weights = module.raw_weights(x.dtype)
-    if weights is None:
-        raise CatsparseError(
-            f"{name} cannot run the kernel ({module.why_not_raw(x.dtype)}); merge or convert first"
-        )
-    gate, up, down = (w.detach().float() for w in weights)
-    bias = None if module.catsparse_mean is None else down @ module.catsparse_mean
-    y = gated_mlp_reference(
-        x.float(),
-        *(gate, up, down.t(), module.catsparse_threshold, module.site_act),
-        *(module.catsparse_mean, bias, module.catsparse_product_threshold),
-        *(module.catsparse_preview, module.catsparse_preview_scale),
-    )
-    error = float((module(x).float() - y).abs().max() / y.abs().max())
-    if not error <= TOLERANCE[x.dtype]:
-        raise CatsparseError(
-            f"{name} differs from the reference by {error:.2g} of its largest value; "
-            "a wrong result is not timed"
-        )
-    return error
-
-
 def bytes_per_token(model: Any) -> tuple[int, int]:
-    """(weight bytes that a dense decode step reads, those of the sparse MLPs among them).
+    """(weight bytes that a dense decode step reads, those of the sparse layers among them).
 
     An input embedding is one row, unless it is the output layer as well. The KV cache is left out:
     see :func:`cache_bytes`.
@@ -346,12 +266,7 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     if embedding is not head:
         total -= embedding.numel() * embedding.element_size()
-    mlp = sum(
-        p.numel() * p.element_size()
-        for module in sparse_modules(model).values()
-        for p in module.parameters()
-    )
-    return total, mlp
+    return total, sum(p.nbytes for m in sparse_layers(model).values() for p in m.parameters())
 
 
 def cache_bytes(model: Any, slots: int) -> int:
@@ -365,13 +280,13 @@ def cache_bytes(model: Any, slots: int) -> int:
 def _rows(
     model: Any, name: str, variants: list[Variant], probe: Probe, prompt: Tensor
 ) -> list[Row]:
-    total, mlp = bytes_per_token(model)
+    total, of_sparse = bytes_per_token(model)
     batch, context = prompt.shape
     rates = [(v, quantiles([batch / s for s in v.intervals])) for v in variants]
     best = max(q[1] for v, q in rates if v.sparsity == 0)
     rows = []
     for v, (p20, p50, p80) in rates:
-        read = total - mlp * v.bytes_skipped + batch * cache_bytes(model, context)
+        read = total - v.unread + batch * cache_bytes(model, context)
         limit = batch * probe.bandwidth / read
         rows.append(
             Row(
@@ -384,7 +299,7 @@ def _rows(
                 tokens=batch,
                 context=context,
                 sparsity=v.sparsity,
-                bytes_skipped=v.bytes_skipped,
+                bytes_skipped=v.unread / of_sparse,
                 p20=p20,
                 p50=p50,
                 p80=p80,

@@ -15,10 +15,18 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import DEFAULT_METHOD, PRODUCT, check_method, check_preview, check_sparsity
+from ..config import (
+    DEFAULT_METHOD,
+    PRODUCT,
+    SCOPES,
+    check_choice,
+    check_method,
+    check_preview,
+    check_sparsity,
+)
 from ..errors import CatsparseError
 from .bench_models import random_weights, real_weights
-from .common import Device, Json, err, make_folder, out, print_json
+from .common import Device, Json, Scope, err, make_folder, out, print_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed: ratios from one interleaved run.")
 
@@ -116,6 +124,7 @@ def decode(
         str | None,
         typer.Option(help=f"{DEFAULT_METHOD} unless given; {PRODUCT} needs --preview."),
     ] = None,
+    scope: Scope = "mlp",
     compile: Annotated[
         bool, typer.Option("--compile", help="Also dense by the compiled step; needs a GPU.")
     ] = False,
@@ -134,6 +143,7 @@ def decode(
     """
     check_preview(preview)
     check_method(method or DEFAULT_METHOD, preview, None)
+    check_choice("scope", scope, SCOPES)
     from ..bench import append_rows, bench_decode
     from ..surgery import state_of
 
@@ -149,7 +159,7 @@ def decode(
         raise CatsparseError("--compile needs a GPU; leave it out")
     make = random_weights if config is not None else real_weights
     name = config or model or ""
-    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview, method)
+    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview, method, scope)
     rows = []
     variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
     of = state_of(sparse).config

@@ -17,6 +17,7 @@ def random_weights(
     count: int,
     preview: int | None,
     method: str | None,
+    scope: str,
 ) -> tuple[Any, dict[int, Any]]:
     """A sparse model of a shape, and ``count`` prompts of each length."""
     import torch
@@ -24,6 +25,7 @@ def random_weights(
     from ..bench import find_shape
     from ..bench.rows import parse_dtype
     from ..bench.shapes import random_model
+    from ..inputs import inputs_needed
     from ..observation import calibrate
     from ..surgery import sparsify
 
@@ -32,9 +34,13 @@ def random_weights(
     model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
-    calibration = calibrate(model, ids, data_name="random tokens", preview=preview, progress=False)
+    chosen = method or DEFAULT_METHOD
+    inputs = inputs_needed(chosen, scope)
+    calibration = calibrate(
+        model, ids, data_name="random tokens", preview=preview, progress=False, inputs=inputs
+    )
     prompts = {n: torch.randint(shape.vocab, (count, n), generator=generator) for n in lengths}
-    return sparsify(model, calibration, method=method or DEFAULT_METHOD), prompts
+    return sparsify(model, calibration, method=chosen, scope=scope), prompts
 
 
 def real_weights(
@@ -45,21 +51,26 @@ def real_weights(
     count: int,
     preview: int | None,
     method: str | None,
+    scope: str,
 ) -> tuple[Any, dict[int, Any]]:
     """The same of a checkpoint or of a sparse folder."""
     from .. import hub
+    from ..inputs import inputs_needed
     from ..observation import calibrate
     from ..surgery import sparsify
     from .common import token_windows
 
-    for option, value in (("preview", preview), ("method", method)):
+    given = (("preview", preview), ("method", method), ("scope", None if scope == "mlp" else scope))
+    for option, value in given:
         if hub.is_artifact(name) and value is not None:
             raise CatsparseError(f"{name} has the {option} it was saved with; leave --{option} out")
     model, tokenizer = load(name, device, dtype)
     if not hub.is_artifact(name):
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
-        calibration = calibrate(model, windows, data_name=source, preview=preview)
-        model = sparsify(model, calibration, method=method or DEFAULT_METHOD)
+        chosen = method or DEFAULT_METHOD
+        inputs = inputs_needed(chosen, scope)
+        calibration = calibrate(model, windows, data_name=source, preview=preview, inputs=inputs)
+        model = sparsify(model, calibration, method=chosen, scope=scope)
     prompts = {
         n: token_windows(None, "heldout", tokenizer, count * n, n, None, "text")[0] for n in lengths
     }

@@ -156,7 +156,7 @@ class _Session:
         if answer.dropped is None:
             return "dense" if self.chat.dense or not self.chat.is_sparse else "not counted"
         d = answer.dropped
-        return f"{d.sparsity:.1%} of neurons dropped, {d.bytes_skipped:.1%} of MLP bytes skipped"
+        return f"{d.sparsity:.1%} dropped, {d.bytes_skipped:.1%} of the layers' bytes skipped"
 
     def command(self, line: str) -> None:
         name, _, rest = line.strip().partition(" ")
@@ -183,7 +183,7 @@ class _Session:
         _note(f"answers are {'dense' if dense else 'sparse'} from now on")
 
     def stats(self) -> None:
-        from ..surgery import model_paths
+        from ..explanation import model_paths
 
         tokens = sum(a.written.tokens for a in self.answers)
         rates = [a.written.decode_tokens_per_second for a in self.answers]

@@ -41,6 +41,12 @@ Compile = Annotated[
         "--compile", help="Compile the model's own forward, for a minute, instead of our kernels."
     ),
 ]
+Scope = Annotated[
+    str,
+    typer.Option(
+        help="mlp, or all linear layers of the MLPs' blocks: attention's drop inputs, by teal."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
@@ -118,11 +124,11 @@ def make_folder(path: Path) -> None:
 
 
 def summarize_paths(paths: dict[str, Any]) -> str:
-    """The words of :func:`catsparse.surgery.model_paths`, once where all MLPs agree."""
+    """The words of :func:`catsparse.explanation.model_paths`, once where all layers agree."""
     counts: Counter[str] = Counter(path.words for path in paths.values())
     if len(counts) == 1:
         return next(iter(counts))
-    return "; ".join(f"{words} in {n} of {len(paths)} MLPs" for words, n in counts.items())
+    return "; ".join(f"{words} in {n} of {len(paths)} layers" for words, n in counts.items())
 
 
 def _quiet_transformers() -> None:

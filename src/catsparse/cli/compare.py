@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..config import ALLOCATIONS, METHODS, PRODUCT
+from ..config import ALLOCATIONS, METHODS, PRODUCT, weights_of
 from ..errors import CatsparseError
 from .common import (
     BatchSize,
@@ -21,6 +21,7 @@ from .common import (
     Dtype,
     Json,
     Model,
+    Scope,
     Seed,
     SeqLen,
     Tokens,
@@ -46,7 +47,7 @@ def compare(
     compensate: Annotated[
         bool | None,
         typer.Option(
-            help="Only with, or only without means in dropped neurons' place.",
+            help="Only with, or only without means in place of what is dropped.",
             show_default="both",
         ),
     ] = None,
@@ -58,8 +59,9 @@ def compare(
         ),
     ] = "uniform",
     bytes_skipped: Annotated[
-        str, typer.Option(help="Budgets: fractions of the MLPs' weight bytes not to read.")
+        str, typer.Option(help="Budgets: fractions of the scope's weight bytes not to read.")
     ] = "0.333,0.467,0.6",
+    scope: Scope = "mlp",
     preview: Annotated[
         int, typer.Option(help=f"Bits of the preview that {PRODUCT} decides by, 4 or 8.")
     ] = 4,
@@ -93,7 +95,8 @@ def compare(
 ) -> None:
     """Judge the methods on the same data at equal bytes skipped; every token is thresholded.
 
-    The gate methods are decided by the exact gate, product by a preview.
+    The gate methods are decided by the exact gate, product by a preview; teal and wina drop inputs
+    of linear layers.
     """
     from .. import hub
     from ..compare import FILE_NAME, Text, check_settings, make_settings
@@ -105,6 +108,7 @@ def compare(
         allocation.split(","),
         _budgets(bytes_skipped),
         preview,
+        scope,
     )
     if all(s.preview is None for s in settings):
         refuse_options(context, ("preview",), f"it belongs to {PRODUCT}, which was not named")
@@ -187,7 +191,8 @@ def _print_table(rows: list[CompareRow]) -> None:
     out.print(
         f"{first.tokens:,} tokens of {first.heldout}, dense perplexity "
         f"{first.dense_perplexity:.3f}; calibrated on {first.calibration_tokens:,} of "
-        f"{first.calibration}; asked and skipped: of the MLPs' weight bytes{by_preview}; "
+        f"{first.calibration}; asked and skipped: of {weights_of(first.scope)} weight bytes"
+        f"{by_preview}; "
         "every token thresholded",
         highlight=False,
     )

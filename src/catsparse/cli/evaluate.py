@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..config import weights_of
 from ..errors import CatsparseError
 from .common import (
     Column,
@@ -110,13 +111,12 @@ def _perplexity(
     from ..evaluate import evaluate as evaluate_model
     from ..evaluate import perplexity
     from ..judge import while_it_fits
-    from ..modules import sparse_modules
-    from ..surgery import state_of
+    from ..surgery import sparse_layers, state_of
 
     data, column, tokens, seq_len = source
     windows, data_name = token_windows(data, "heldout", tokenizer, tokens, seq_len, None, column)
     size = batch_size or max(1, _BATCH_TOKENS // seq_len)
-    if not sparse_modules(loaded):
+    if not sparse_layers(loaded):
         dense = while_it_fits(size, lambda size: perplexity(loaded, windows, size))
         result: dict[str, Any] = {
             "model": model,
@@ -142,6 +142,7 @@ def _perplexity(
         "method": config.method,
         "compensate": config.compensate,
         "preview": config.preview,
+        "scope": config.scope,
         "prefill": "masked",
         "perplexity": e.perplexity.value,
         "perplexity_se": e.perplexity.standard_error,
@@ -154,12 +155,15 @@ def _perplexity(
         "bytes_skipped": e.bytes_skipped,
         "sites": e.sites,
         "down_sites": e.down_sites,
+        "input_sparsity": e.input_sparsity,
+        "inputs": e.inputs,
     }
     if json:
         print_json(result)
         return
     second = config.down_sparsity is not None
-    columns = ["neurons dropped", *["down rows unread"] * second, "MLP bytes skipped"]
+    columns = ["neurons dropped"] * bool(e.sites) + ["down rows unread"] * second
+    columns += ["inputs dropped"] * bool(e.inputs) + [f"bytes skipped ({config.scope})"]
     table = Table("", "perplexity", "rise", *columns)
     d, s = e.dense_perplexity, e.perplexity
     table.add_row("dense", f"{d.value:.3f} ± {d.standard_error:.3f}", "", *[""] * len(columns))
@@ -167,8 +171,9 @@ def _perplexity(
         "sparse",
         f"{s.value:.3f} ± {s.standard_error:.3f}",
         f"{e.rise:+.1%} ± {e.rise_standard_error:.1%}",
-        f"{e.sparsity:.1%}",
+        *[f"{e.sparsity:.1%}"] * bool(e.sites),
         *[f"{e.down_sparsity:.1%}"] * second,
+        *([] if e.input_sparsity is None else [f"{e.input_sparsity:.1%}"]),
         f"{e.bytes_skipped:.1%}",
     )
     out.print(table)
@@ -178,7 +183,13 @@ def _perplexity(
         cells = [f"{site.sparsity:.1%}", f"{value:.1%}"]
         cells += [f"{site.down_sparsity:.1%}", f"{e.down_sites[name]:.1%}"] if second else []
         sites.add_row(name, *cells)
-    out.print(sites)
+    if e.sites:
+        out.print(sites)
+    if e.inputs:
+        inputs = Table("input of", "asked", "achieved")
+        for name, part in config.inputs.items():
+            inputs.add_row(name, f"{part.sparsity:.1%}", f"{e.inputs[name]:.1%}")
+        out.print(inputs)
     of = f"; a {config.preview}-bit preview of the {config.decided_on} decides"
     by_preview = of if config.preview else ""
     out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded{by_preview}")
@@ -215,8 +226,9 @@ def _print_tasks(rows: list[TaskRow]) -> None:
     notes = ["accuracy in %"] if any(map(_is_share, dense)) else []
     if sparse:
         shares = [row.sparsity for row in sparse.values()]
-        notes.append("skipped: of the MLPs' weight bytes")
-        notes.append(f"{min(shares):.1%} to {max(shares):.1%} of neurons dropped")
+        scopes = {weights_of(row.scope or "mlp") for row in sparse.values()}
+        notes.append(f"skipped: of {' and '.join(sorted(scopes))} weight bytes")
+        notes.append(f"{min(shares):.1%} to {max(shares):.1%} of neurons (or inputs) dropped")
         notes.append("prefill policy masked: every token thresholded")
     if truncated := sum(row.truncated for row in dense):
         notes.append(f"{truncated:,} texts lost their beginning to the context window")

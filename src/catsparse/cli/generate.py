@@ -44,12 +44,11 @@ def generate(
     json: Json = False,
 ) -> None:
     """Write text, streaming it as it comes."""
-    from ..modules import sparse_modules
-    from ..surgery import run_dense
+    from ..surgery import run_dense, sparse_layers
     from ..text import TextGenerator
 
     loaded, tokenizer = load(model, device, dtype)
-    is_sparse = bool(sparse_modules(loaded))
+    is_sparse = bool(sparse_layers(loaded))
     if compare and not is_sparse:
         raise CatsparseError(f"{model} is dense; --compare needs a folder made by sparsify")
     writer = TextGenerator(
@@ -110,7 +109,7 @@ def _show(text: str) -> None:
 def _measured(model: Any, written: Written, is_sparse: bool) -> dict[str, Any]:
     from .. import decoding
     from ..bench.decode import bytes_per_token
-    from ..surgery import model_paths
+    from ..explanation import model_paths
     from ..text import measure
 
     found: dict[str, Any] = {
@@ -124,8 +123,7 @@ def _measured(model: Any, written: Written, is_sparse: bool) -> dict[str, Any]:
     dropped = measure(model, written.ids)
     of_all = None
     if all(p.dim() <= 2 for p in model.parameters()):  # a token reads few of an MoE's experts
-        total, mlp = bytes_per_token(model)
-        of_all = dropped.bytes_skipped * mlp / total
+        of_all = dropped.bytes_skipped * dropped.nbytes / bytes_per_token(model)[0]
     return found | {
         "sparsity": dropped.sparsity,
         "sparsity_min": dropped.lowest,
@@ -146,11 +144,11 @@ def _show_stats(result: dict[str, Any]) -> None:
     row("a token by", result["step"])
     if "sparsity" in result:
         low, high = result["sparsity_min"], result["sparsity_max"]
-        row("neurons dropped", f"{result['sparsity']:.1%} ({low:.1%} to {high:.1%} by MLP)")
+        row("dropped", f"{result['sparsity']:.1%} ({low:.1%} to {high:.1%} by layer)")
         of_all = result["bytes_skipped_of_all"]
         share = "" if of_all is None else f", {of_all:.1%} of all that a step reads"
-        row("bytes skipped", f"{result['bytes_skipped']:.1%} of the MLPs' weights{share}")
-        row("MLPs by", result["decode"])
+        row("bytes skipped", f"{result['bytes_skipped']:.1%} of the layers{share}")
+        row("they run by", result["decode"])
     out.print(grid, highlight=False)
 
 

@@ -12,7 +12,7 @@ from .common import Json, Model, out, print_json
 def info(model: Model = "default", json: Json = False) -> None:
     """What is in a sparse folder, or which gated MLPs a dense model has (no weights are read)."""
     from .. import hub
-    from ..surgery import decode_paths, explain
+    from ..explanation import decode_paths, explain
 
     if not hub.is_artifact(model):
         skeleton = hub.load_skeleton(model)
@@ -38,9 +38,9 @@ def info(model: Model = "default", json: Json = False) -> None:
     unread = config.measured_down_sparsity
     down = "" if unread is None else f", {unread:.1%} of down rows unread"
     out.print(
-        f"asked {config.sparsity:.1%}, {config.measured_sparsity or 0:.1%} of neurons dropped"
-        f"{down} on the calibration tokens, {config.bytes_skipped:.1%} of the MLPs' weight bytes "
-        "skipped"
+        f"asked {config.sparsity:.1%}, {config.measured_sparsity or 0:.1%} of "
+        f"{'neurons' if config.sites else 'inputs'} dropped{down} on the calibration tokens, "
+        f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped"
     )
     if origin:
         out.print(
@@ -61,6 +61,13 @@ def info(model: Model = "default", json: Json = False) -> None:
             f"{site.sparsity:.1%}",
             *cells,
         )
-    out.print(table)
+    if config.sites:
+        out.print(table)
+    if config.inputs:
+        inputs = Table("input of", "layers", "inputs", "outputs", "threshold", "dropped")
+        for name, part in config.inputs.items():
+            sizes = (str(len(part.linears)), str(part.in_features), str(part.out_features))
+            inputs.add_row(name, *sizes, f"{part.threshold:.4g}", f"{part.sparsity:.1%}")
+        out.print(inputs)
     for dtype, path in paths.items():
         out.print(f"decode here in {dtype}: by {path}", highlight=False, soft_wrap=True)

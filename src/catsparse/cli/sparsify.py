@@ -10,9 +10,11 @@ import typer
 from ..config import (
     ALLOCATIONS,
     DEFAULT_METHOD,
+    GATE_METHODS,
     METHODS,
     PREFILL_POLICIES,
     PRODUCT,
+    SCOPES,
     check_choice,
     check_down_sparsity,
     check_method,
@@ -28,6 +30,7 @@ from .common import (
     Dtype,
     Json,
     Model,
+    Scope,
     Seed,
     SeqLen,
     Tokens,
@@ -48,13 +51,13 @@ def sparsify(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Fraction of neurons to drop, 0 to 1.",
+            help="Fraction of neurons (with teal and wina inputs) to drop, 0 to 1.",
             show_default="0.5, unless --bytes-skipped is given",
         ),
     ] = None,
     bytes_skipped: Annotated[
         float | None,
-        typer.Option(help="Fraction of the MLPs' weight bytes not to read, instead of --sparsity."),
+        typer.Option(help="Fraction of the scope's weight bytes not to read, not with --sparsity."),
     ] = None,
     allocation: Annotated[
         str,
@@ -63,6 +66,7 @@ def sparsify(
             "the first measure every layer's sensitivity, which costs as much as 30 evaluations."
         ),
     ] = "uniform",
+    scope: Scope = "mlp",
     method: Annotated[
         str | None,
         typer.Option(
@@ -111,6 +115,7 @@ def sparsify(
     if method is not None:
         check_choice("method", method, METHODS)
     check_choice("prefill", prefill, PREFILL_POLICIES)
+    check_choice("scope", scope, SCOPES)
     check_preview(preview)
     from ..allocation import Read, check_budget, check_reachable, item_size
 
@@ -120,9 +125,10 @@ def sparsify(
         check_down_sparsity(down_sparsity, sparsity)
     from .. import hub
     from ..calibration import Calibration, GateDecision
-    from ..observation import calibrate, require_sites
+    from ..inputs import find_inputs, inputs_needed, select_parts
+    from ..observation import calibrate
     from ..probing import GRID, TOKENS, measure_sensitivities, split_windows
-    from ..sites import describe, find_sites
+    from ..sites import describe, find_sites, require_sites
     from ..surgery import densify, state_of
     from ..surgery import sparsify as sparsify_model
 
@@ -139,7 +145,7 @@ def sparsify(
         if calibration is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
         if method is not None:
-            check_method(method, calibration.preview, down_sparsity)
+            check_method(method, calibration.preview_of(method), down_sparsity)
         wanted = None if sparsity is None else GateDecision(sparsity, method or DEFAULT_METHOD)
         if preview not in (None, calibration.preview):
             lacks = f"for a {preview}-bit preview"
@@ -150,6 +156,7 @@ def sparsify(
         elif probing and calibration.sensitivities is None:
             lacks = f"with sensitivities, which the allocation {allocation} needs"
         else:
+            calibration.parts(method or calibration.default_method(down_sparsity), scope)
             lacks = ""
         if lacks:
             raise CatsparseError(
@@ -161,11 +168,17 @@ def sparsify(
             check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
     if calibration is None:
+        products = preview is not None and method in (None, PRODUCT)
+        chosen = method or (PRODUCT if products else DEFAULT_METHOD)
+        inputs = inputs_needed(chosen, scope)
         if bytes_skipped is not None:  # refused now, not after the work
-            found = {site.name: site for site in require_sites(dense)}
-            products = preview is not None and method in (None, PRODUCT)
+            sites = require_sites(dense)
+            shared = find_inputs(dense, sites) if inputs else []
+            parts = select_parts(
+                {s.name: s for s in sites}, {s.name: s for s in shared}, chosen, scope
+            )
             read = Read(preview, products, item_size(str(dense.dtype)))
-            check_reachable(found, read, bytes_skipped, GRID[-1] if probing else 1.0)
+            check_reachable(parts, read, bytes_skipped, GRID[-1] if probing else 1.0)
         more = max(1, TOKENS // seq_len) * seq_len if probing else 0
         windows, data_name = token_windows(
             data, "calibration", tokenizer, tokens + more, seq_len, seed, column
@@ -182,8 +195,9 @@ def sparsify(
                 checkpoint=partial,
                 preview=preview,
                 products_at=None if down_sparsity is None else sparsity,
-                method=DEFAULT_METHOD if method in (None, PRODUCT) else method,
+                method=method if method in GATE_METHODS else DEFAULT_METHOD,
                 keep_checkpoint=probing,
+                inputs=inputs,
             )
             if probing:
                 calibration.sensitivities = measure_sensitivities(
@@ -192,6 +206,7 @@ def sparsify(
                     held_out,
                     method,
                     compensate,
+                    scope,
                     checkpoint=output / ".sensitivities.partial.safetensors",
                 )
                 partial.unlink(missing_ok=True)
@@ -209,6 +224,7 @@ def sparsify(
         down_sparsity,
         bytes_skipped=bytes_skipped,
         allocation=allocation,
+        scope=scope,
     )
     hub.save(sparse, output, merge=merge)
     if merge:
@@ -220,10 +236,13 @@ def sparsify(
         "compensate": compensate,
         "preview": config.preview,
         "allocation": allocation,
+        "scope": scope,
         "sparsity": config.measured_sparsity,
         "down_sparsity": config.measured_down_sparsity,
         "bytes_skipped": config.bytes_skipped,
         "sites": {name: site.sparsity for name, site in config.sites.items()},
+        "input_sparsity": config.input_sparsity,
+        "inputs": {name: part.sparsity for name, part in config.inputs.items()},
         "calibration_tokens": calibration.provenance.tokens,
         "calibration_data": calibration.provenance.data,
         "left_dense": left_dense,
@@ -235,13 +254,19 @@ def sparsify(
         err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
     by_preview = f" by a {config.preview}-bit {config.decided_on} preview" if config.preview else ""
     unread = config.measured_down_sparsity
-    shares = [site.sparsity for site in config.sites.values()]
-    spread = f" ({min(shares):.1%} to {max(shares):.1%} by MLP)" if allocation != "uniform" else ""
+    lines = []
+    for layers, shares, what, mean in (
+        ("gated MLPs", [s.sparsity for s in config.sites.values()], "neurons", None),
+        ("inputs", [p.sparsity for p in config.inputs.values()], "them", config.input_sparsity),
+    ):
+        if shares:
+            mean = config.measured_sparsity if mean is None else mean
+            spread = f" ({min(shares):.1%} to {max(shares):.1%})" if allocation != "uniform" else ""
+            lines.append(f"{len(shares)} {layers}, {mean:.1%} of {what} dropped{spread}")
     out.print(
-        f"{output}: {len(config.sites)} gated MLPs, {config.measured_sparsity:.1%} of neurons "
-        f"dropped{spread}{by_preview}, "
+        f"{output}: {'; '.join(lines)}{by_preview}, "
         f"{'' if unread is None else f'{unread:.1%} of down rows unread, '}"
-        f"{config.bytes_skipped:.1%} of the MLPs' weight bytes skipped in decode "
+        f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
     )
     out.print(f"next: catsparse evaluate {output}")

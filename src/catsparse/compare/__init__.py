@@ -1,7 +1,8 @@
 """Methods compared on the same data at equal bytes skipped -> rows, which a later run goes on from.
 
 Gate methods are decided by the exact gate, method ``product`` by a preview of gate and up: two
-calibrations on the same tokens. All else is the same for every row.
+calibrations on the same tokens. Methods of inputs share the first. All else is the same for every
+row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .._version import __version__
 from ..calibration import Calibration
 from ..errors import CatsparseError
 from ..evaluate import Evaluation, Perplexity, evaluate, perplexity
+from ..inputs import inputs_needed
 from ..judge import progress_bar, while_it_fits
 from ..observation import calibrate
 from ..probing import TOKENS, measure_sensitivities, split_windows
@@ -72,7 +74,7 @@ def compare(
 
     Every token is thresholded. The dense model is scored once a text; a calibration is made once
     for the exact gate and once for the preview, each only if a setting left to run needs it.
-    Allocations by sensitivities hold out the last windows of the calibration text (3,072 tokens,
+    Allocations by sensitivities hold out the last windows of the calibration text (2,560 tokens,
     at most half of it) to measure them on, for all settings alike; that costs as much as 30
     evaluations of 20,000 tokens for each method and compensation.
 
@@ -131,13 +133,13 @@ class _Run:
         self.known = {row.key: row for row in rows}
         self.calibrations: dict[int | None, Calibration] = {}
         self.checkpoints: list[Path] = []
-        self.tables: dict[tuple[str, bool], Sensitivities] = {}
+        self.tables: dict[tuple[str, bool, str], Sensitivities] = {}
         self.dense: dict[str, Perplexity] = {}
 
     def key(self, s: Setting, text: Text) -> str:
         digest = self.digests[self.heldout.index(text)]
         probe = None if s.allocation == "uniform" else self.probe_digest
-        setting = (s.method, s.compensate, s.preview, s.allocation, s.bytes_skipped)
+        setting = (s.method, s.compensate, s.preview, s.allocation, s.bytes_skipped, s.scope)
         return key_of(*self.of_all, digest, probe, *setting)
 
     def left(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[Text]]]:
@@ -153,7 +155,11 @@ class _Run:
         evaluated = [*needed, *itertools.chain.from_iterable(texts for _, texts in left)]
         line = bar.add_task("comparing", total=sum(text.windows.numel() for text in evaluated))
         for preview in dict.fromkeys(s.preview for s, _ in left):
-            self._calibrate(bar, preview)
+            asked = {inputs_needed(s.method, s.scope) for s, _ in left if s.preview == preview}
+            kinds = asked - {None}
+            self._calibrate(
+                bar, preview, kinds.pop() if len(kinds) == 1 else "all" if kinds else None
+            )
         for text in needed:
             self.dense[text.name] = self._fitting(
                 partial(perplexity, self.model, text.windows, progress=False)
@@ -168,9 +174,9 @@ class _Run:
         for checkpoint in self.checkpoints:
             checkpoint.unlink(missing_ok=True)
 
-    def _calibrate(self, bar: Progress, preview: int | None) -> None:
+    def _calibrate(self, bar: Progress, preview: int | None, inputs: str | None) -> None:
         # Kept until the last row is there: an interrupted run then only reads it.
-        checkpoint = self._checkpoint("calibration", preview)
+        checkpoint = self._checkpoint("calibration", preview, inputs)
         bar.stop()  # it has a bar of its own
         self.calibrations[preview] = calibrate(
             self.model,
@@ -181,6 +187,7 @@ class _Run:
             progress=self.progress,
             preview=preview,
             keep_checkpoint=True,
+            inputs=inputs,
         )
         if checkpoint is not None:
             self.checkpoints.append(checkpoint)
@@ -188,15 +195,14 @@ class _Run:
 
     def _table(self, bar: Progress, s: Setting) -> Sensitivities:
         """Measured when the first setting needs it, so that rows come as early as they can."""
-        kind = (s.method, s.compensate)
+        kind = (s.method, s.compensate, s.scope)
         if kind not in self.tables:
             bar.stop()
             self.tables[kind] = measure_sensitivities(
                 self.model,
                 self.calibrations[s.preview],
                 self.probe,
-                s.method,
-                s.compensate,
+                *kind,
                 checkpoint=self._checkpoint("sensitivities", s.preview, *kind),
                 progress=self.progress,
             )
@@ -220,6 +226,7 @@ class _Run:
             compensate=s.compensate,
             bytes_skipped=s.bytes_skipped,
             allocation=s.allocation,
+            scope=s.scope,
         )
         try:
             for text in texts:
@@ -251,6 +258,7 @@ class _Run:
             compensate=s.compensate,
             preview=s.preview,
             allocation=s.allocation,
+            scope=s.scope,
             target=s.bytes_skipped,
             bytes_skipped=e.bytes_skipped,
             sparsity=e.sparsity,

@@ -18,8 +18,10 @@ class CompareRow:
     Attributes:
         model: the dense model. dtype, device: that it ran in and on.
         method, compensate, preview, allocation: how it was made sparse.
-        target: fraction of the MLPs' weight bytes asked not to be read.
-        bytes_skipped: the fraction measured on the text. sparsity: neurons dropped there.
+        scope: ``mlp`` or ``all``: whose weight bytes are counted.
+        target: fraction of them asked not to be read.
+        bytes_skipped: the fraction measured on the text. sparsity: neurons (with ``teal`` and
+            ``wina`` inputs) dropped there.
         perplexity, dense_perplexity: with their standard errors ``..._se`` (None: of a single
             window there is none).
         rise: perplexity over dense perplexity, less 1. rise_se: of it, from paired windows.
@@ -38,6 +40,7 @@ class CompareRow:
     compensate: bool
     preview: int | None
     allocation: str
+    scope: str
     target: float
     bytes_skipped: float
     sparsity: float
@@ -77,15 +80,14 @@ def best_rows(rows: Sequence[CompareRow]) -> set[str]:
 
 
 def _row_from(raw: Any, where: str) -> CompareRow:
+    words = ("method", "allocation", "scope", "key", "heldout")
     numbers = ("target", "bytes_skipped", "sparsity", "perplexity", "rise", "tokens")
     names = {field.name for field in fields(CompareRow)}
     if (
         not isinstance(raw, dict)
         or raw.keys() != names
         or not all(isinstance(raw[name], int | float) for name in numbers)
-        or not all(
-            isinstance(raw[name], str) for name in ("method", "allocation", "key", "heldout")
-        )
+        or not all(isinstance(raw[name], str) for name in words)
     ):
         raise CatsparseError(f"{where} is no row of 'catsparse compare'; name another folder")
     return CompareRow(**raw)

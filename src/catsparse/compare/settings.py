@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..allocation import Read, check_reachable, item_size
-from ..config import ALLOCATIONS, METHODS, PRODUCT, check_choice, check_method, check_preview
+from ..config import (
+    ALLOCATIONS,
+    METHODS,
+    PRODUCT,
+    SCOPES,
+    check_choice,
+    check_method,
+    check_preview,
+)
 from ..errors import CatsparseError
-from ..observation import require_sites
+from ..inputs import find_inputs, inputs_needed, select_parts
 from ..probing import GRID
+from ..sites import require_sites
 
 # What the exact gate skips when it drops 50, 70 and 90% of the neurons.
 BYTES_SKIPPED = (0.333, 0.467, 0.6)
@@ -26,6 +35,7 @@ class Setting:
     preview: int | None
     allocation: str
     bytes_skipped: float
+    scope: str = "mlp"
 
 
 def make_settings(
@@ -34,26 +44,32 @@ def make_settings(
     allocations: Sequence[str] = ("uniform",),
     bytes_skipped: Sequence[float] = BYTES_SKIPPED,
     preview: int = 4,
+    scope: str = "mlp",
 ) -> list[Setting]:
     """Every combination, each once.
 
     Args:
-        methods: of ``cats``, ``chess``, ``energy`` and ``product``.
-        compensate: with means in the dropped neurons' place, without, or both.
+        methods: of ``cats``, ``chess``, ``energy``, ``product``, ``teal`` and ``wina``.
+        compensate: with means in the dropped neurons' (or inputs') place, without, or both.
         allocations: of ``uniform``, ``greedy`` and ``optimal``.
-        bytes_skipped: budgets, fractions of the MLPs' weight bytes.
+        bytes_skipped: budgets, fractions of the scope's weight bytes.
         preview: bits of the preview by which ``product`` decides.
+        scope: ``mlp`` or ``all`` linear layers.
 
     Raises:
         CatsparseError: an unknown method or allocation, another number of bits, or nothing at all.
     """
     check_preview(preview)
+    check_choice("scope", scope, SCOPES)
     for method in methods:
-        check_method(method, preview, None)
+        check_method(method, preview if method == PRODUCT else None, None)
     for allocation in allocations:
         check_choice("allocation", allocation, ALLOCATIONS)
     settings = [
-        Setting(method, compensated, preview if method == PRODUCT else None, allocation, budget)
+        Setting(
+            *(method, compensated, preview if method == PRODUCT else None, allocation, budget),
+            scope=scope,
+        )
         for method, compensated, allocation, budget in itertools.product(
             methods, compensate, allocations, bytes_skipped
         )
@@ -70,13 +86,16 @@ def check_settings(model: Any, settings: Sequence[Setting]) -> None:
         CatsparseError: there is one, or the model has no gated MLP or is sparse already.
     """
     sites = {site.name: site for site in require_sites(model)}
+    needed = any(inputs_needed(s.method, s.scope) for s in settings)
+    inputs = find_inputs(model, list(sites.values())) if needed else []
+    shared = {site.name: site for site in inputs}
     itemsize = item_size(str(model.dtype))
     for s in settings:
         most = 1.0 if s.allocation == "uniform" else GRID[-1]
+        parts = select_parts(sites, shared, s.method, s.scope)
+        read = Read(s.preview, s.method == PRODUCT, itemsize)
         try:
-            check_reachable(
-                sites, Read(s.preview, s.method == PRODUCT, itemsize), s.bytes_skipped, most
-            )
+            check_reachable(parts, read, s.bytes_skipped, most)
         except CatsparseError as error:
             spread = "" if s.allocation == "uniform" else f", {s.allocation}"
             raise CatsparseError(f"method {s.method}{spread}: {error}") from error

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..kernels import Call, gated_mlp
+from ..kernels import Call, gated_mlp, sparse_linear_reference
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch, why_not_sizes
 from ..kernels.linear import linear
 from ..kernels.preview import preview_kind
+from ..kernels.sparse_linear_cuda import launch_sparse_linear
 from ..kernels.stream import Norm, rms_norm
+from ..linears import SparseLinear
 from ..surgery import run_dense
 from .cache import WindowCache
 from .step import ModelStep, State
@@ -44,6 +46,18 @@ class _Weights(NamedTuple):
     preview: Tensor | None = None
     preview_scale: Tensor | None = None
 
+
+class _Inputs(NamedTuple):
+    """What layers that share a thresholded input take; see ``launch_sparse_linear``."""
+
+    weights_t: tuple[Tensor, ...]
+    threshold: Tensor
+    mean: Tensor | None = None
+    bias: Tensor | None = None
+
+
+# Those of q, k and v, and of o; None where they are dense.
+_Shared = tuple[_Inputs | None, _Inputs | None]
 
 _WARNED: set[str] = set()
 _REASONS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -81,6 +95,7 @@ class FusedStep:
         if cosines.dtype != dtype or sines.dtype != dtype:
             raise NotPlain(f"its rotary embedding is {cosines.dtype}, its weights {dtype}")
         self._mlps = [self._weights(layer.mlp) for layer in decoder.layers]
+        self._inputs = [self._shared(layer) for layer in decoder.layers]
 
     def refresh(self) -> None:
         """Before a prompt: copies of dense weights follow what was written through ``.data``."""
@@ -98,15 +113,21 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, state: State) -> Tensor:
         x = self._x.copy_(self.decoder.embed(tokens[:, 0]))
-        for index, weights in enumerate(self._mlps):
-            self._layer(index, x, state, weights)
+        for index, (weights, inputs) in enumerate(zip(self._mlps, self._inputs, strict=True)):
+            self._layer(index, x, state, weights, inputs)
         return self._logits(x)
 
-    def _layer(self, index: int, x: Tensor, state: State, weights: _Weights) -> None:
+    def _layer(
+        self, index: int, x: Tensor, state: State, weights: _Weights, inputs: _Shared
+    ) -> None:
         """One layer, in place."""
         layer: Layer = self.decoder.layers[index]
         cached: Any = state.cache.layers[index]
-        qkv = self._product(x, layer.qkv, layer.qkv_bias, layer.norm, out=self._qkv)
+        of_qkv, of_o = inputs
+        if of_qkv is None:
+            qkv = self._product(x, layer.qkv, layer.qkv_bias, layer.norm, out=self._qkv)
+        else:
+            qkv = self._sparse_product(x, of_qkv, layer.norm, out=self._qkv)
         attended = attention(
             qkv,
             cached.keys,
@@ -122,7 +143,10 @@ class FusedStep:
             layer.window,
             self._attended,
         )
-        h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
+        if of_o is None:
+            h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
+        else:
+            h = self._sparse_product(attended, of_o, residual=x, out=self._h)
         mlp = layer.mlp
         call = Call(h, mlp.gate, mlp.up, *weights[:2], mlp.act, *weights[2:])
         if not self._few:
@@ -152,6 +176,44 @@ class FusedStep:
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         y = y if residual is None else residual + y
         return y if out is None else out.copy_(y)
+
+    def _sparse_product(
+        self,
+        x: Tensor,
+        inputs: _Inputs,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        *,
+        out: Tensor,
+    ) -> Tensor:
+        if self._few:
+            return launch_sparse_linear(x, *inputs, norm, residual, out)
+        x = x if norm is None else rms_norm(x, norm)
+        weight_t = torch.cat(inputs.weights_t, dim=1)
+        y = sparse_linear_reference(x, weight_t, *inputs[1:])
+        return out.copy_(y if residual is None else residual + y)
+
+    def _shared(self, layer: Layer, dense: bool = False) -> _Shared:
+        """Thresholds and means of a layer's inputs, or with ``dense`` what keeps them all."""
+
+        def of(layers: tuple[SparseLinear, ...]) -> _Inputs | None:
+            if not layers:
+                return None
+            rows = tuple(t for m in layers if (t := m.rows_by_input()) is not None)
+            sparse = layers[0].catsparse_enabled and not dense
+            biases = [m.catsparse_bias if sparse else m.bias for m in layers]
+            bias = None
+            if any(b is not None for b in biases):
+                parts = (
+                    torch.zeros(m.out_features, device=m.weight.device) if b is None else b.float()
+                    for m, b in zip(layers, biases, strict=True)
+                )
+                bias = torch.cat([part.detach() for part in parts])
+            if not sparse:
+                return _Inputs(rows, self._keep_all, None, bias)
+            return _Inputs(rows, layers[0].catsparse_threshold, layers[0].catsparse_mean, bias)
+
+        return of(layer.qkv_sparse), of(layer.o_sparse)
 
     def _weights(self, mlp: Mlp) -> _Weights:
         """A dense MLP is one that keeps every neuron."""
@@ -293,7 +355,9 @@ def _compare_layers(model: Any, step: FusedStep, cache: WindowCache, batch: int,
         raise NotPlain("its embeddings are changed before the first layer")
     for index, (before, after) in enumerate(seen):
         x = step._x.copy_(before)
-        step._layer(index, x, state, _Weights(step._mlps[index].down_t, step._keep_all))
+        layer = step.decoder.layers[index]
+        dense = _Weights(step._mlps[index].down_t, step._keep_all)
+        step._layer(index, x, state, dense, step._shared(layer, dense=True))
         _compare(f"layer {index}", x, after, after - before)
     _compare("output layer", step._logits(step._x.copy_(seen[-1][1])), logits, logits)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import sparse_modules
+from ..modules import SparseMLP
+from ..surgery import sparse_layers
 
 MAX_GRAPHS = 8
 
@@ -112,8 +113,8 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
         parts.append((id(module), type(module), module.training))
         parts += [_mark(tensor) for tensor in module._parameters.values() if tensor is not None]
         parts += [_mark(tensor) for tensor in module._buffers.values() if tensor is not None]
-    for sparse in sparse_modules(model).values():
-        copy = sparse._catsparse_down_t
+    for sparse in sparse_layers(model).values():
+        copy = sparse._catsparse_down_t if isinstance(sparse, SparseMLP) else sparse._catsparse_copy
         parts.append(
             (
                 sparse.catsparse_enabled,

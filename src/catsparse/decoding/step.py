@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..modules import sparse_modules
+from ..surgery import sparse_layers
 from .cache import WindowCache
 
 
@@ -137,8 +137,8 @@ class CompiledStep(ModelStep):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        for module in sparse_modules(model).values():
-            module.prepare_decode()  # a compiled forward cannot
+        for layer in sparse_layers(model).values():
+            layer.prepare_decode()  # a compiled forward cannot
         # A code object of its own: torch counts compilations by those, and gives up after eight.
         own = types.FunctionType(_forward.__code__.replace(), _forward.__globals__)
         self._forward = torch.compile(own, dynamic=False)

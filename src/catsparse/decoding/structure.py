@@ -17,7 +17,9 @@ from ..kernels import ACTIVATIONS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
 from ..kernels.linear import why_not_linear
+from ..kernels.sparse_linear_cuda import why_not_sparse_linear
 from ..kernels.stream import PIECE, Norm, group_size, rms_norm, whole_pieces
+from ..linears import SparseLinear
 from ..modules import SparseMLP
 from ..sites import find_sites
 
@@ -56,6 +58,9 @@ class Layer:
     window: int
     mlp: Mlp
     owners: tuple[Tensor | None, ...]  # the parameters that qkv and its biases are, or lie in
+    # The layers themselves, where their input is thresholded.
+    qkv_sparse: tuple[SparseLinear, ...] = ()
+    o_sparse: tuple[SparseLinear, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ class Decoder:
     @property
     def few(self) -> int:
         """The most sequences that our products take at once; more are torch's."""
-        rows = [w for layer in self.layers for w in (layer.qkv[0], layer.o, layer.mlp.gate)]
-        return min(group_size(w.shape[1] * w.element_size()) for w in rows)
+        sizes = []
+        for layer in self.layers:
+            sizes += [w.shape[1] for w in (layer.qkv[0], layer.o, layer.mlp.gate)]
+            sizes += [sum(m.out_features for m in s) for s in (layer.qkv_sparse, layer.o_sparse)]
+        return min(group_size(size * self.dtype.itemsize) for size in sizes if size)
 
 
 @torch.no_grad()
@@ -136,7 +144,8 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
             continue
         if tensor.dtype != decoder.dtype:
             raise NotPlain(f"it has weights of {tensor.dtype} and of {decoder.dtype}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % PIECE:
+        turned = tensor.dim() == 2 and tensor.t().is_contiguous()  # a sparse layer's
+        if not (tensor.is_contiguous() or turned) or tensor.data_ptr() % PIECE:
             raise NotPlain("its weights are not contiguous, or start between pieces")
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
@@ -150,7 +159,9 @@ def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
     attention = _part(layer, "self_attn")
     heads, kv_heads, size = sizes
     rows = [heads * size, kv_heads * size, kv_heads * size]
-    if hasattr(attention, "qkv_proj"):
+    names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+    qkv_sparse, o_sparse = _sparse(attention, names), _sparse(attention, ["o_proj"])
+    if len(names) == 1:
         weight, bias = _linear(attention, "qkv_proj")
         if weight.shape[0] != sum(rows):
             raise NotPlain("its attention has other sizes than its config")
@@ -158,15 +169,16 @@ def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
         biases = (None,) * 3 if bias is None else tuple(bias.split(rows))
         owners: tuple[Tensor | None, ...] = (weight, bias)
     else:
-        pairs = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        pairs = [_linear(attention, name) for name in names]
         qkv, biases = tuple(w for w, _ in pairs), tuple(b for _, b in pairs)
         owners = (*qkv, *biases)
     o, o_bias = _linear(attention, "o_proj")
     if [w.shape[0] for w in qkv] != rows or o.shape[1] != rows[0]:
         raise NotPlain("its attention has other sizes than its config")
-    reason = why_not_linear(qkv) or why_not_linear([o])
-    if reason:
-        raise NotPlain(reason)
+    for weights, sparse in ((qkv, qkv_sparse), ([o], o_sparse)):
+        reason = None if sparse else why_not_linear(weights)
+        if reason:
+            raise NotPlain(reason)
     found = Layer(
         qkv=tuple(qkv),
         qkv_bias=biases,
@@ -180,6 +192,8 @@ def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
         window=window,
         mlp=_mlp(layer),
         owners=owners,
+        qkv_sparse=qkv_sparse,
+        o_sparse=o_sparse,
     )
     for norm in (found.q_norm, found.k_norm):
         if norm is not None and norm.weight.shape != (size,):
@@ -243,9 +257,45 @@ def _norm(module: nn.Module) -> Norm:
     raise NotPlain(f"its {type(module).__name__} is no RMS norm")
 
 
+def _sparse(parent: nn.Module, names: Sequence[str]) -> tuple[SparseLinear, ...]:
+    """The layers of these names if their input is thresholded, laid out for the kernel; none if
+    they are dense."""
+    layers = [_part(parent, name) for name in names]
+    sparse = tuple(layer for layer in layers if isinstance(layer, SparseLinear))
+    if not sparse:
+        return ()
+    if len(sparse) != len(layers) or not all(_same_input(sparse[0], other) for other in sparse):
+        raise NotPlain(f"its {' and '.join(names)} do not share their thresholds")
+    for name, layer in zip(names, sparse, strict=True):
+        choice = layer.choose_backend(layer.catsparse_backend, layer.catsparse_down_copy)
+        if choice.backend is not Backend.CUDA:
+            raise NotPlain(f"its {name} runs in {choice.backend.value}: {choice.reason}")
+        layer.prepare_decode()
+        if layer.rows_by_input() is None:
+            raise NotPlain(f"its {name} is not laid out by input")
+    columns = [layer.out_features for layer in sparse]
+    weight = sparse[0].weight
+    reason = why_not_sparse_linear(weight.device, weight.dtype, weight.shape[1], columns)
+    if reason:
+        raise NotPlain(reason)
+    return sparse
+
+
+def _same_input(one: SparseLinear, other: SparseLinear) -> bool:
+    """Whether both leave out the same inputs, and put the same in their place."""
+    if one.catsparse_enabled != other.catsparse_enabled:
+        return False
+    pairs = (
+        (one.catsparse_threshold, other.catsparse_threshold),
+        (one.catsparse_mean, other.catsparse_mean),
+    )
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
 def _linear(parent: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     child = _part(parent, name)
-    if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:
+    plain = type(child) in (nn.Linear, SparseLinear)
+    if not plain or type(child.weight) is not nn.Parameter:
         raise NotPlain(f"its {name} is a {type(child).__name__}")
     return child.weight, child.bias
 

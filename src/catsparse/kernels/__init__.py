@@ -1,8 +1,9 @@
-"""One op, ``catsparse::gated_mlp``: schema, shape function and implementations by device.
+"""The op ``catsparse::gated_mlp``: schema, shape function and implementations by device.
 
 Tensors only: nothing here knows a model. ``torch.ops.catsparse.gated_mlp`` traces under
 ``torch.compile(fullgraph=True)`` as one opaque node. It has no gradient; training goes through
-:func:`catsparse.kernels.reference.masked_hidden` and autograd.
+:func:`catsparse.kernels.reference.masked_hidden` and autograd. The other op is in
+:mod:`catsparse.kernels.sparse_linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Call
-from .backend import Backend, Choice, choose_backend
+from .backend import Backend, Choice, choose_backend, choose_linear_backend
 from .cpu import gated_mlp_cpu
 from .cuda import gated_mlp_cuda
 from .preview import dequantize, make_preview
@@ -26,6 +27,7 @@ from .reference import (
     masked_hidden,
     preview_of,
 )
+from .sparse_linear import keep_inputs, masked_input, sparse_linear, sparse_linear_reference
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,13 +36,18 @@ __all__ = [
     "Call",
     "Choice",
     "choose_backend",
+    "choose_linear_backend",
     "dequantize",
     "gated_mlp",
     "gated_mlp_reference",
+    "keep_inputs",
     "keep_mask",
     "make_preview",
     "masked_hidden",
+    "masked_input",
     "preview_of",
+    "sparse_linear",
+    "sparse_linear_reference",
 ]
 
 torch.library.define(

@@ -76,6 +76,29 @@ def belong_together(call: Call) -> bool:
     )
 
 
+def linear_fits(
+    x: Tensor, weight_t: Tensor, threshold: Tensor, mean: Tensor | None, bias: Tensor | None
+) -> bool:
+    """Shapes, dtypes and devices as :func:`catsparse.kernels.sparse_linear.sparse_linear` says, of
+    a dtype that kernels know, and nothing empty; strides aside."""
+    if x.dim() == 0 or weight_t.dim() != 2 or x.numel() == 0 or weight_t.numel() == 0:
+        return False
+    inputs, columns = weight_t.shape
+    vectors = [(threshold, inputs if threshold.dim() else None), (mean, inputs), (bias, columns)]
+    return (
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.shape[-1] == inputs
+        and (weight_t.dtype, weight_t.device) == (x.dtype, x.device)
+        and all(
+            v.dtype == torch.float32
+            and v.shape == (() if n is None else (n,))
+            and v.device == x.device
+            for v, n in vectors
+            if v is not None
+        )
+    )
+
+
 def _is_preview(preview: Tensor | None, scale: Tensor | None, w_gate: Tensor) -> bool:
     if preview is None or scale is None:
         return preview is scale

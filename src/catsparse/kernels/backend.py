@@ -11,6 +11,8 @@ from .cpu import DTYPES, cpu_library
 from .cuda import AUTO_TOKENS as AUTO_TOKENS_CUDA
 from .cuda import auto_tokens, why_not_cuda, why_not_sizes
 from .reference import MAX_OP_TOKENS
+from .sparse_linear_cuda import why_not_sparse_linear
+from .stream import group_size
 from .triton import why_not_triton
 
 
@@ -82,6 +84,29 @@ def choose_backend(
         return _asked_for(Backend.C, None)
     tokens = AUTO_TOKENS[dtype]
     return Choice(Backend.C, tokens, f"faster than torch up to {tokens} tokens")
+
+
+def choose_linear_backend(
+    asked: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int]
+) -> Choice:
+    """What a sparse linear layer with weights of ``dtype`` on ``device`` runs.
+
+    Args:
+        sizes: (H, H_out) of the layer.
+    """
+    if asked is Backend.TORCH:
+        return Choice(Backend.TORCH, 0, "asked for")
+    if asked is Backend.CUDA or (asked is Backend.AUTO and device.type == "cuda"):
+        reason = why_not_sparse_linear(device, dtype, sizes[0], [sizes[1]])
+        if reason is not None:
+            return Choice(Backend.TORCH, 0, reason)
+        tokens = min(AUTO_TOKENS_CUDA[dtype], group_size(sizes[1] * dtype.itemsize))
+        return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens")
+    if asked is Backend.TRITON:
+        return Choice(Backend.TORCH, 0, "there is no Triton kernel for linear layers")
+    if device.type != "cpu":
+        return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")
+    return choose_backend(asked, device, dtype)
 
 
 def _asked_for(backend: Backend, reason: str | None) -> Choice:

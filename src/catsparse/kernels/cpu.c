@@ -1,4 +1,6 @@
-/* catsparse::gated_mlp on a CPU: reads the gate, and of up and down only what is kept.
+/* catsparse::gated_mlp and catsparse::sparse_linear on a CPU.
+ *
+ * gated_mlp reads the gate, and of up and down only what is kept:
  *
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
  *
@@ -257,16 +259,38 @@ static int64_t list_kept(const uint8_t *kept, int64_t neurons, int32_t *list) {
     return count;
 }
 
+/* Not a power of two: sums of several tokens would fall on the same lines of the cache. */
+static int64_t sums_stride(int64_t columns) { return round_up(columns, LANES) + LANES; }
+
+static int64_t segments_of(int64_t tokens) { return tokens == 1 ? SEGMENTS : 1; }
+
+/* Pass 3, by all threads of a team: rows list[0..count) of w_down, times their factors, into y.
+ * sums is [segments][tokens][y_stride]. */
+static void add_rows(const Problem *p, const float *factors, const int32_t *list, int64_t count,
+                     float *sums) {
+    const Kernel *kernel = &kernels[p->dtype];
+    int64_t tokens = p->tokens, columns = p->columns, segments = segments_of(tokens);
+    int64_t width = tokens == 1 ? columns : TILE / tokens / LINE * LINE;
+    int64_t tiles = (columns + width - 1) / width, y_stride = sums_stride(columns);
+#pragma omp for schedule(guided, 1)
+    for (int64_t item = 0; item < segments * tiles; item++) {
+        int64_t s = item / tiles, first = item % tiles * width;
+        kernel->columns(p, first, least(width, columns - first), factors, list,
+                        count * s / segments, count * (s + 1) / segments, count,
+                        sums + s * tokens * y_stride, y_stride);
+    }
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < columns; first += BLOCK)
+        kernel->finish(p, first, least(first + BLOCK, columns), sums, segments, y_stride);
+}
+
 /* 0, or 1 if there is no memory for the work space. */
 int catsparse_gated_mlp(const Problem *p) {
     const Kernel *kernel = &kernels[p->dtype];
     int64_t tokens = p->tokens, neurons = p->neurons, columns = p->columns, count = 0;
     int64_t x_stride = round_up(p->hidden, p->preview ? CHUNK_INPUTS : LANES);
     int64_t h_stride = round_up(neurons, LANES);
-    /* Not a power of two: sums of several tokens would fall on the same lines of the cache. */
-    int64_t y_stride = round_up(columns, LANES) + LANES, segments = tokens == 1 ? SEGMENTS : 1;
-    int64_t width = tokens == 1 ? columns : TILE / tokens / LINE * LINE;
-    int64_t tiles = (columns + width - 1) / width;
+    int64_t y_stride = sums_stride(columns), segments = segments_of(tokens);
     if (!p->down_transposed) segments = 0;
     size_t x_size = (size_t)(tokens * x_stride), h_size = (size_t)(tokens * h_stride);
     size_t laid_size = p->preview ? x_size : 0;
@@ -299,16 +323,7 @@ int catsparse_gated_mlp(const Problem *p) {
             count = list_kept(kept, neurons, list);
         }
         if (p->down_transposed) {
-#pragma omp for schedule(guided, 1)
-            for (int64_t item = 0; item < segments * tiles; item++) {
-                int64_t s = item / tiles, first = item % tiles * width;
-                kernel->columns(p, first, least(width, columns - first), factors, list,
-                                count * s / segments, count * (s + 1) / segments, count,
-                                sums + s * tokens * y_stride, y_stride);
-            }
-#pragma omp for schedule(static)
-            for (int64_t first = 0; first < columns; first += BLOCK)
-                kernel->finish(p, first, least(first + BLOCK, columns), sums, segments, y_stride);
+            add_rows(p, factors, list, count, sums);
         } else {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < h_stride; i++)
@@ -319,6 +334,38 @@ int catsparse_gated_mlp(const Problem *p) {
                 kernel->rows(p, first, least(first + BLOCK, columns), h, h_stride);
         }
     }
+    free(work);
+    return 0;
+}
+
+/* catsparse::sparse_linear: y = sum over kept j of (x_j - mean_j) w_down[j] + bias, j kept iff
+ * |x_j| > threshold. Of Problem it takes what these are, inputs as neurons, w_down [neurons,
+ * columns]. 0, or 1 if there is no memory for the work space. */
+int catsparse_sparse_linear(const Problem *p) {
+    int64_t tokens = p->tokens, inputs = p->neurons, count = 0;
+    int64_t x_stride = round_up(inputs, LANES);
+    size_t x_size = (size_t)(tokens * x_stride), factors_size = (size_t)(tokens * inputs);
+    size_t y_size = (size_t)(segments_of(tokens) * tokens * sums_stride(p->columns));
+    size_t bytes = (x_size + factors_size + y_size) * sizeof(float) + (size_t)inputs * 5;
+    char *work = aligned_alloc(LINE, (size_t)round_up((int64_t)bytes, LINE));
+    if (!work) return 1;
+    float *x = (float *)work, *sums = x + x_size, *factors = sums + y_size;
+    int32_t *list = (int32_t *)(factors + factors_size);
+    uint8_t *kept = (uint8_t *)(list + inputs);
+    kernels[p->dtype].widen(p, x, x_stride);
+    for (int64_t j = 0; j < inputs; j++) {
+        float threshold = p->threshold[j * p->threshold_stride], mean = p->mean ? p->mean[j] : 0.0f;
+        kept[j] = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            float value = x[t * x_stride + j];
+            int keep = fabsf(value) > threshold;
+            kept[j] |= (uint8_t)keep;
+            factors[j * tokens + t] = keep ? value - mean : 0.0f;
+        }
+    }
+    count = list_kept(kept, inputs, list);
+#pragma omp parallel num_threads(p->threads)
+    add_rows(p, factors, list, count, sums);
     free(work);
     return 0;
 }

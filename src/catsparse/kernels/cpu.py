@@ -1,4 +1,4 @@
-"""The CPU kernel behind ``catsparse::gated_mlp``: checks, and a call of cpu.c through ctypes."""
+"""The CPU kernels behind the ops: checks, and calls of cpu.c through ctypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import Call, belong_together
+from .arguments import Call, belong_together, linear_fits
 from .build import Library, load_library
 from .preview import preview_bits
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
@@ -84,6 +84,47 @@ def gated_mlp_cpu(call: Call) -> Tensor:
     )
     if library.catsparse_gated_mlp(ctypes.byref(problem)):
         raise MemoryError(f"no memory for the work space of {w_gate.shape[0]} neurons")
+    return y
+
+
+def sparse_linear_cpu(
+    x: Tensor, weight_t: Tensor, threshold: Tensor, mean: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """:func:`catsparse.kernels.sparse_linear.sparse_linear` for CPU tensors, reading kept rows of
+    ``weight_t`` only; None for what the kernel does not take."""
+    library = cpu_library().handle
+    inputs, columns = weight_t.shape
+    stride = _row_stride(weight_t)
+    if (
+        library is None
+        or stride is None
+        or not linear_fits(x, weight_t, threshold, mean, bias)
+        or x.numel() > MAX_OP_TOKENS * inputs
+    ):
+        return None
+    rows = x.reshape(-1, inputs).contiguous()
+    threshold = threshold.contiguous()
+    mean, bias = (None if v is None else v.contiguous() for v in (mean, bias))
+    y = x.new_empty((*x.shape[:-1], columns))
+    problem = _Problem(
+        x=rows.data_ptr(),
+        w_down=weight_t.data_ptr(),
+        threshold=threshold.data_ptr(),
+        mean=_pointer(mean),
+        bias=_pointer(bias),
+        y=y.data_ptr(),
+        tokens=rows.shape[0],
+        hidden=inputs,
+        neurons=inputs,
+        columns=columns,
+        down_stride=stride,
+        threshold_stride=threshold.dim(),
+        dtype=DTYPES.index(x.dtype),
+        threads=torch.get_num_threads(),
+        down_transposed=1,
+    )
+    if library.catsparse_sparse_linear(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for the work space of {inputs} inputs")
     return y
 
 

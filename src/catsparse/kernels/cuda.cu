@@ -11,19 +11,16 @@
  * Gate rows are decided in chunks: while the last chunk streams in, up rows of the first ones are
  * asked for, so the stream does not stop at the decision.
  *
- * Each block writes a partial output; a second, small kernel adds them in order. There are no
+ * Each block writes a partial output; a second, small kernel (sum.cuh) adds them in order. There are no
  * atomics: the bits of a result depend on the inputs and the number of blocks alone. Both kernels
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
  * results before they read or write anything; weights excepted, where the caller says `early`.
  *
- * Stands behind numbers.cuh, stream.cuh and preview.cuh, and needs these constants more:
+ * Stands behind numbers.cuh, stream.cuh, sum.cuh and preview.cuh, and needs these constants more:
  *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
  *   CHUNKS   chunks of a decision
  *   SECOND   whether there is a second one
  */
-
-#define TOKEN_BIT 24      /* of a list entry: below it the neuron, from it one bit a token */
-#define NEURON ((1 << TOKEN_BIT) - 1)
 
 /* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
 struct Problem {
@@ -286,78 +283,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     consumers_sync();
 
     float out[TOKENS][COLUMNS * VEC] = {};
-    for (int k0 = 0; k0 < kept; k0 += ROWS) {
-        ring.wait_full();
-        const char *rows = ring.rows() + tid * 16;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            if (!EVEN && (tid + c * THREADS) * VEC >= p.columns) break;
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                if (k0 + i >= kept) break; /* what lies there is an earlier row */
-                float w[VEC];
-                unpack(*(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16), w);
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    float h = hidden[(k0 + i) * TOKENS + t];
-                    /* A token that drops the neuron takes nothing of it, not even infinity. */
-                    if (TOKENS > 1 && !(list[k0 + i] >> (TOKEN_BIT + t) & 1)) continue;
-#pragma unroll
-                    for (int e = 0; e < VEC; e++) out[t][c * VEC + e] += h * w[e];
-                }
-            }
-        }
-        ring.release();
-    }
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        if (t >= p.tokens) break;
-        float *to = p.partial + ((long long)blockIdx.x * p.tokens + t) * p.columns;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            int at = (tid + c * THREADS) * VEC;
-            if (!EVEN && at >= p.columns) break;
-#pragma unroll
-            for (int e = 0; e < VEC; e += 4) {
-                const float *v = out[t] + c * VEC + e;
-                *(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);
-            }
-        }
-    }
-}
-
-/* Sum of cuda.py. */
-struct Sum {
-    const float *partial, *bias;
-    const weight_t *residual; /* added to the result, or null */
-    weight_t *y;
-    int parts, tokens, columns;
-};
-
-/* 32 columns a block of 256 threads: 8 lanes of 4 columns, 32 partial outputs at a time. */
-extern "C" __global__ void __launch_bounds__(256) gated_mlp_sum(const __grid_constant__ Sum p) {
-    __shared__ float4 sums[32][8];
-    int lane = threadIdx.x % 8, row = threadIdx.x / 8;
-    int total = p.tokens * p.columns, at = blockIdx.x * 32 + lane * 4;
-    launch_dependents();
-    wait_for_previous();
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (at < total) {
-#pragma unroll 8
-        for (int i = row; i < p.parts; i += 32) {
-            float4 v = *(const float4 *)(p.partial + (long long)i * total + at);
-            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        }
-    }
-    sums[row][lane] = sum;
-    __syncthreads();
-    int to = blockIdx.x * 32 + threadIdx.x;
-    if (threadIdx.x < 32 && to < total) {
-        const float *flat = (const float *)sums;
-        float y = p.bias ? p.bias[to % p.columns] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < 32; i++) y += flat[i * 32 + threadIdx.x];
-        if (p.residual) y = to_float(p.residual[to]) + rounded(y);
-        p.y[to] = round_to_weight(y);
-    }
+    add_rows(ring, kept, p.columns, list, hidden, out);
+    store_partial(out, p.tokens, p.columns, p.partial);
 }

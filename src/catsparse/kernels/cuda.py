@@ -40,6 +40,7 @@ from .stream import (
     template,
     whole_pieces,
 )
+from .sums import LEFT, SUM, find_sum, launch_sum
 from .tiles import PREVIEW, TILE, PreviewArgument, Tiles, find_ring
 from .triton import MAX_TOKENS as TRITON_TOKENS
 from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
@@ -50,9 +51,6 @@ SOURCE = Path(__file__).with_name("cuda.cu")
 AUTO_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
 MOST_NEURONS = 2**24  # a list entry holds the neuron and four bits
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-# Shared memory left to the second kernel, so that its blocks can wait beside the first one's.
-_LEFT = 8192
-_SUM_COLUMNS, _SUM_THREADS = 32, 256
 
 
 class _Problem(ctypes.Structure):
@@ -74,15 +72,6 @@ class _PreviewProblem(ctypes.Structure):
     """``Problem`` of cuda.cu with a preview."""
 
     _fields_ = [("plain", _Problem), ("preview", PreviewArgument)]
-
-
-class _Sum(ctypes.Structure):
-    """``Sum`` of cuda.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "bias", "residual", "y")),
-        *((name, ctypes.c_int) for name in ("parts", "tokens", "columns")),
-    ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ def _why_not_compiled(target: str) -> str | None:
 
 
 def _compile(constants: tuple[tuple[str, str], ...], target: str) -> bytes:
-    return compile_source((NUMBERS, STREAM, PREVIEW, SOURCE), constants, target)
+    return compile_source((NUMBERS, STREAM, SUM, PREVIEW, SOURCE), constants, target)
 
 
 def _defines(
@@ -226,19 +215,10 @@ def launch(
     if preview is not None and scale is not None:
         argument = PreviewArgument(preview.data_ptr(), scale.data_ptr())
         problem = _PreviewProblem(problem, argument)
-    total = _Sum(
-        partial.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        y.data_ptr(),
-        built.blocks,
-        tokens,
-        columns,
-    )
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         built.main.launch(built.blocks, problem, stream, early=True)
-        built.sum.launch(-(-tokens * columns // _SUM_COLUMNS), total, stream, early=True)
+        launch_sum(built.sum, partial, bias, residual, y)
     return y
 
 
@@ -298,9 +278,9 @@ def _build(
     row = max(hidden, columns) * dtype.itemsize
     lists = _list_bytes(capacity, tokens, plan, kind) + _x_bytes(dtype, hidden, tokens, kind)
     rows = plan.rows
-    while rows > 1 and not find_ring(limit - lists - _LEFT, rows, row, hidden, kind).holds(4):
+    while rows > 1 and not find_ring(limit - lists - LEFT, rows, row, hidden, kind).holds(4):
         rows //= 2
-    ring = find_ring(limit - lists - _LEFT, rows, row, hidden, kind)
+    ring = find_ring(limit - lists - LEFT, rows, row, hidden, kind)
     tiles, stage, stages = ring.tiles, ring.stage, ring.stages
     chunks = _chunks(capacity, plan, rows if tiles is None else TILE)
     each = -(-row // (PIECE * plan.threads))
@@ -310,7 +290,7 @@ def _build(
     module = load_module(code, device)
     return _Built(
         find_kernel(module, "gated_mlp", plan.threads + 32, stages * stage + lists),
-        find_kernel(module, "gated_mlp_sum", _SUM_THREADS),
+        find_sum(module),
         blocks,
         capacity,
         row,
@@ -379,7 +359,7 @@ def why_not_sizes(
     tokens = group_size(row)
     lists = _list_bytes(capacity, tokens, find_plan(row, tokens), kind)
     lists += _x_bytes(dtype, hidden, tokens, kind)
-    ring = find_ring(shared_bytes(device) - lists - _LEFT, 1, row, hidden, kind)
+    ring = find_ring(shared_bytes(device) - lists - LEFT, 1, row, hidden, kind)
     if row > MOST_PIECES * PIECE or not ring.holds(2):
         return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

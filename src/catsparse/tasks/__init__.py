@@ -239,6 +239,7 @@ def _row(
         method=None if config is None else config.method,
         compensate=None if config is None else config.compensate,
         preview=None if config is None else config.preview,
+        scope=None if config is None else config.scope,
         target=None if config is None else config.sparsity,
         down_target=None if config is None else config.down_sparsity,
         prefill=None if meter is None else "masked",

@@ -12,8 +12,8 @@ import torch
 
 from ..errors import CatsparseError
 from ..judge import standard_error
-from ..modules import sparse_modules
 from ..rows import read_lines
+from ..surgery import sparse_layers
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class TaskRow:
             paired examples. None in dense rows.
         correct: ``1`` or ``0`` for each example, if that is what the metric counts.
         model: the base model. dtype, device: that it ran in and on.
-        method, compensate, preview, target, down_target: of the sparse model; ``target`` is the
-            sparsity asked for. None in dense rows.
+        method, compensate, preview, scope, target, down_target: of the sparse model; ``target`` is
+            the sparsity asked for. None in dense rows.
         prefill: the policy it was scored under: ``masked``, every token thresholded; None if dense.
         sparsity, down_sparsity, bytes_skipped: achieved on the task's own tokens.
         key: alike for the same task, examples, weights and thresholds.
@@ -77,6 +77,7 @@ class TaskRow:
     method: str | None
     compensate: bool | None
     preview: int | None
+    scope: str | None
     target: float | None
     down_target: float | None
     prefill: str | None
@@ -136,9 +137,10 @@ def _row(raw: Any, where: str) -> TaskRow:
 def thresholds_digest(model: Any) -> str:
     """Of all in the sparse layers that decides what is dropped and by what it is replaced."""
     digest = hashlib.sha256()
-    for name, module in sparse_modules(model).items():
-        digest.update(f"{name} {module.catsparse_preview_bits}".encode())
+    for name, layer in sparse_layers(model).items():
+        bits = getattr(layer, "catsparse_preview_bits", None)
+        digest.update(f"{name} {bits}".encode())
         for part in ("threshold", "mean", "product_threshold"):
-            value = getattr(module, f"catsparse_{part}")
+            value = getattr(layer, f"catsparse_{part}", None)
             digest.update(b"-" if value is None else value.float().cpu().numpy().tobytes())
     return digest.hexdigest()

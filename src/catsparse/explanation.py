@@ -1,0 +1,106 @@
+"""How each layer of a model runs, and why, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .kernels import Backend, Choice, choose_backend
+from .linears import SparseLinear, sparse_linears
+from .modules import SparseMLP, sparse_modules
+from .sites import describe, find_sites
+
+
+def explain(model: nn.Module) -> str:
+    """How each gated MLP and sparse linear layer of ``model`` runs, and why near misses were left
+    dense; one line each."""
+    sparse, paths = sparse_modules(model), model_paths(model)
+    lines = []
+    for name, module in sparse.items():
+        threshold = module.catsparse_threshold
+        kind = "per-neuron thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
+        if module.catsparse_mean is not None:
+            kind += ", compensated"
+        if (bits := module.catsparse_preview_bits) is not None:
+            reason = module.why_not_preview()
+            on = "product" if module.catsparse_of_products else "gate"
+            kind += f", {bits}-bit {on} preview"
+            kind += "" if reason is None else f" (not in use: {reason}; the exact {on} decides)"
+        if module.catsparse_product_threshold is not None:
+            kind += ", second decision"
+        lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
+    for name, linear in sparse_linears(model).items():
+        threshold = linear.catsparse_threshold
+        kind = "per-input thresholds" if threshold.dim() else f"threshold {float(threshold):.4g}"
+        if linear.catsparse_mean is not None:
+            kind += ", compensated"
+        lines.append(f"{name}: sparse inputs, {kind}; decode by {paths[name].words}")
+    sites, misses = find_sites(model)
+    of_inputs = "".join(f" {name}" for name in sparse_linears(model))
+    sites = [s for s in sites if s.name not in sparse and f" {s.name}." not in of_inputs]
+    lines += [f"{site.name}: dense gated MLP ({site.act})" for site in sites]
+    misses = [m for m in misses if m.name not in sparse]
+    if misses:
+        lines.append(f"refused: {describe(misses, limit=20)}")
+    return "\n".join(lines) if lines else f"{type(model).__name__}: no gated MLP found"
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """How a sparse layer decodes, in words; whether dropped neurons' rows of up (and of gate, if a
+    preview decides) and of down are then left unread. (The exact product needs all of up.) Of a
+    linear layer ``skips_down`` stands for the weights of dropped inputs."""
+
+    words: str
+    skips_up: bool
+    skips_down: bool
+
+
+def model_paths(model: nn.Module) -> dict[str, DecodePath]:
+    """The path that decode takes in each sparse MLP and linear layer of ``model``, by name."""
+    paths = {name: _path(module) for name, module in sparse_modules(model).items()}
+    return paths | {name: _linear_path(layer) for name, layer in sparse_linears(model).items()}
+
+
+def decode_paths() -> dict[str, str]:
+    """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    choices = {
+        str(d).removeprefix("torch."): choose_backend(Backend.AUTO, device, d) for d in dtypes
+    }
+    return {name: _words(choice) for name, choice in choices.items()}
+
+
+def _words(choice: Choice) -> str:
+    if not choice.kernel_tokens:
+        return f"torch, dense matmuls ({choice.reason})"
+    return f"the {choice.backend.value} kernel ({choice.reason})"
+
+
+def _path(module: SparseMLP) -> DecodePath:
+    reason = module.why_not_raw()
+    if reason is not None:
+        return DecodePath(f"masked children ({reason})", False, False)
+    choice = module.choose_backend(module.catsparse_backend, module.catsparse_down_copy)
+    if not choice.kernel_tokens:
+        return DecodePath(_words(choice), False, False)
+    rows, skips_down = ["gate", "up"], module.catsparse_down_copy
+    if module.why_not_preview() is not None:  # the exact gate is read; for the exact product up too
+        rows = [] if module.catsparse_of_products else ["up"]
+    kept = " and ".join(", ".join([*rows, *["down"] * skips_down]).rsplit(", ", 1))
+    words = f"{_words(choice)}, reading " + (f"kept rows of {kept}" if kept else "gate and up")
+    words += "" if skips_down else ", all of down (no copy)"
+    return DecodePath(words, bool(rows), skips_down)
+
+
+def _linear_path(linear: SparseLinear) -> DecodePath:
+    reason = linear.why_not_raw()
+    if reason is not None:
+        return DecodePath(f"a masked input ({reason})", False, False)
+    choice = linear.choose_backend(linear.catsparse_backend, linear.catsparse_down_copy)
+    if not choice.kernel_tokens:
+        return DecodePath(_words(choice), False, False)
+    return DecodePath(f"{_words(choice)}, reading the weights of kept inputs", False, True)

@@ -1,0 +1,93 @@
+/* What kernels share that skip rows of a matrix and add up the others: a block adds the rows on its
+ * list into a partial output, and a second, small kernel adds the blocks' in order.
+ *
+ * Stands behind stream.cuh.
+ */
+
+#define TOKEN_BIT 24 /* of a list entry: below it the row, from it one bit a token that keeps it */
+#define NEURON ((1 << TOKEN_BIT) - 1)
+
+/* The rows on the list, as they come through the ring, times hidden [kept, TOKENS], into out. */
+DEVICE void add_rows(Ring &ring, int kept, int columns, const int *list, const float *hidden,
+                     float (&out)[TOKENS][COLUMNS * VEC]) {
+    int tid = threadIdx.x;
+    for (int k0 = 0; k0 < kept; k0 += ROWS) {
+        ring.wait_full();
+        const char *rows = ring.rows() + tid * 16;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            if (!EVEN && (tid + c * THREADS) * VEC >= columns) break;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                if (k0 + i >= kept) break; /* what lies there is an earlier row */
+                float w[VEC];
+                unpack(*(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16), w);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++) {
+                    float h = hidden[(k0 + i) * TOKENS + t];
+                    /* A token that drops the row takes nothing of it, not even infinity. */
+                    if (TOKENS > 1 && !(list[k0 + i] >> (TOKEN_BIT + t) & 1)) continue;
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) out[t][c * VEC + e] += h * w[e];
+                }
+            }
+        }
+        ring.release();
+    }
+}
+
+/* This block's part: partial is [blocks, tokens, columns]. */
+DEVICE void store_partial(const float (&out)[TOKENS][COLUMNS * VEC], int tokens, int columns,
+                          float *partial) {
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        if (t >= tokens) break;
+        float *to = partial + ((long long)blockIdx.x * tokens + t) * columns;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (threadIdx.x + c * THREADS) * VEC;
+            if (!EVEN && at >= columns) break;
+#pragma unroll
+            for (int e = 0; e < VEC; e += 4) {
+                const float *v = out[t] + c * VEC + e;
+                *(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    }
+}
+
+/* Sum of sums.py. */
+struct Sum {
+    const float *partial, *bias;
+    const weight_t *residual; /* added to the result, or null */
+    weight_t *y;
+    int parts, tokens, columns;
+};
+
+/* 32 columns a block of 256 threads: 8 lanes of 4 columns, 32 partial outputs at a time. */
+extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_constant__ Sum p) {
+    __shared__ float4 sums[32][8];
+    int lane = threadIdx.x % 8, row = threadIdx.x / 8;
+    int total = p.tokens * p.columns, at = blockIdx.x * 32 + lane * 4;
+    launch_dependents();
+    wait_for_previous();
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (at < total) {
+#pragma unroll 8
+        for (int i = row; i < p.parts; i += 32) {
+            float4 v = *(const float4 *)(p.partial + (long long)i * total + at);
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+    }
+    sums[row][lane] = sum;
+    __syncthreads();
+    int to = blockIdx.x * 32 + threadIdx.x;
+    if (threadIdx.x < 32 && to < total) {
+        const float *flat = (const float *)sums;
+        float y = p.bias ? p.bias[to % p.columns] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 32; i++) y += flat[i * 32 + threadIdx.x];
+        if (p.residual) y = to_float(p.residual[to]) + rounded(y);
+        p.y[to] = round_to_weight(y);
+    }
+}
