@@ -210,6 +210,20 @@ def test_evaluation(dense: Any, calibration: catsparse.Calibration, prefill: str
     assert found.bytes_skipped == pytest.approx(2 / 3 * share, rel=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_sparsity_by_position(sparse: Any, batch_size: int) -> None:
+    found = evaluate.evaluate(sparse, WINDOWS, batch_size=batch_size, progress=False)
+    positions = found.positions
+    assert positions is not None
+    assert (positions.starts, positions.length) == ([0, 1, 2, 4, 8, 16, 32], 40)
+    sizes = [b - a for a, b in zip(positions.starts, [*positions.starts[1:], 40], strict=True)]
+    # Every token of every window is in one bucket.
+    for name, shares in [*positions.sites.items(), ("", positions.sparsity)]:
+        mean = sum(n * share for n, share in zip(sizes, shares, strict=True)) / 40
+        assert mean == pytest.approx(found.sites.get(name, found.sparsity), abs=1e-12)
+    assert len(set(positions.sparsity)) > 1
+
+
 def test_the_rise_is_paired(sparse: Any) -> None:
     """Windows that are hard for both models do not blur their difference."""
     repeated = torch.full((3, 40), 9)

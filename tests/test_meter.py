@@ -68,6 +68,64 @@ def test_decode_steps_are_counted(sparse_llama: Any) -> None:
         assert share == pytest.approx(float(dropped[name].double().mean()), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("length", "starts"),
+    [
+        (1, [0]),
+        (2, [0, 1]),
+        (3, [0, 1, 2]),
+        (8, [0, 1, 2, 4]),
+        (9, [0, 1, 2, 4, 8]),
+        (24, [0, 1, 2, 4, 8, 16]),
+    ],
+)
+def test_positions_against_counting_by_hand(
+    sparse_llama: Any, length: int, starts: list[int]
+) -> None:
+    gates = watch(sparse_llama)
+    with achieved_sparsity(sparse_llama, positions=True) as meter, torch.no_grad():
+        for rows, seed in ((3, 1), (2, 5)):
+            sparse_llama(input_ids=tiny.tokens(rows, length, seed=seed), use_cache=False)
+    dropped = dropped_by_hand(sparse_llama, gates)
+    found = meter.positions
+    assert found is not None
+    assert (found.starts, found.length) == (starts, length)
+    by_place = {name: d.view(5, length, -1).double() for name, d in dropped.items()}
+    for k, (a, b) in enumerate(zip(starts, [*starts[1:], length], strict=True)):
+        here = [values[:, a:b] for values in by_place.values()]
+        assert found.sparsity[k] == pytest.approx(float(torch.cat(here).mean()), abs=1e-12)
+        for name, values in zip(by_place, here, strict=True):
+            assert found.sites[name][k] == pytest.approx(float(values.mean()), abs=1e-12)
+    # What is counted besides is the same as without positions.
+    for name, share in meter.sites.items():
+        assert share == pytest.approx(float(dropped[name].double().mean()), abs=1e-12)
+
+
+def test_positions_of_texts_of_different_length(sparse_llama: Any) -> None:
+    gates = watch(sparse_llama)
+    with achieved_sparsity(sparse_llama, positions=True) as meter, torch.no_grad():
+        for length in (6, 20):
+            sparse_llama(input_ids=tiny.tokens(1, length), use_cache=False)
+    found = meter.positions
+    assert found is not None
+    assert (found.starts, found.length) == ([0, 1, 2, 4, 8, 16], 20)
+    dropped = dropped_by_hand(sparse_llama, gates)[SITES[0]].double()
+    short, long = dropped[:6], dropped[6:]
+    expected = torch.cat([short[4:6], long[4:8]]).mean()  # the shorter one ends in this bucket
+    assert found.sites[SITES[0]][3] == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_no_positions_unless_asked_for_or_known(sparse_llama: Any) -> None:
+    with achieved_sparsity(sparse_llama) as meter:
+        tiny.logits(sparse_llama)
+    assert meter.positions is None
+    mlp = sparse_llama.get_submodule(SITES[0])
+    with achieved_sparsity(sparse_llama, positions=True) as meter, torch.no_grad():
+        mlp(torch.randn(7, 32))  # tokens in a row, as an expert sees them
+    assert meter.positions is None
+    assert meter.sparsity > 0
+
+
 def test_calibration_tokens_give_the_measured_sparsity(sparse_llama: Any, windows: Tensor) -> None:
     """On the text of calibration the first site, whose input is still dense, does as promised."""
     with achieved_sparsity(sparse_llama) as meter, torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import CatsparseError
 from .judge import scored_sparse, standard_error
+from .meter import PositionSparsity
 from .observation import evaluating
 from .surgery import run_dense
 
@@ -50,6 +51,8 @@ class Evaluation:
         down_sites: fraction of W_down's rows not read, by site.
         input_sparsity: fraction of inputs dropped, over linear layers by weight; None without any.
         inputs: fraction of inputs dropped, by sparse linear layer.
+        positions: fraction of neurons dropped by the gate, by position in the window and by site;
+            None where no site sees whole windows.
     """
 
     tokens: int
@@ -64,6 +67,7 @@ class Evaluation:
     down_sites: dict[str, float]
     input_sparsity: float | None
     inputs: dict[str, float]
+    positions: PositionSparsity | None
 
 
 def perplexity(
@@ -118,7 +122,7 @@ def evaluate(
     if dense is None:
         with run_dense(model):
             dense = perplexity(model, windows, batch_size, progress, "scoring dense")
-    with scored_sparse(model) as meter:
+    with scored_sparse(model, positions=True) as meter:
         sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
     rise = sparse.value / dense.value
     return Evaluation(
@@ -134,4 +138,5 @@ def evaluate(
         down_sites=meter.down_sites,
         input_sparsity=meter.input_sparsity,
         inputs=meter.inputs,
+        positions=meter.positions,
     )

@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 @contextmanager
-def scored_sparse(model: Any) -> Iterator[SparsityMeter]:
+def scored_sparse(model: Any, positions: bool = False) -> Iterator[SparsityMeter]:
     """Threshold and count every token inside the ``with`` block, and check at its end that each
     sparse layer did so.
 
     The policy ``dense`` for prefill would hide the loss that decode meets, so it does not hold
-    inside the block.
+    inside the block. ``positions`` is that of :func:`catsparse.achieved_sparsity`.
 
     Raises:
         CatsparseError: the model is dense or being measured already; at the end of the block: a
@@ -42,7 +42,7 @@ def scored_sparse(model: Any) -> Iterator[SparsityMeter]:
 
         return note
 
-    with threshold_every_token(model), achieved_sparsity(model) as meter:
+    with threshold_every_token(model), achieved_sparsity(model, positions) as meter:
         handles = [
             module.register_forward_pre_hook(watcher(name), with_kwargs=True)
             for name, module in modules.items()

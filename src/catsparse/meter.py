@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,38 @@ from .footprint import bytes_skipped
 from .linears import SparseLinear, sparse_linears
 from .modules import SparseMLP, sparse_modules
 
+# By length L of the sequences: (token, neuron) pairs seen at each position, and kept ones [L].
+_Places = dict[int, tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class PositionSparsity:
+    """Fraction of neurons dropped by the first decision, by a token's position in its text.
+
+    Attributes:
+        starts: first position of each bucket (0, 1, 2, 4, 8, ...); it goes up to the next one's.
+        length: positions there are; the last bucket's end.
+        sparsity: in each bucket, over all sites that saw whole sequences.
+        sites: the same for each of them, by name.
+    """
+
+    starts: list[int]
+    length: int
+    sparsity: list[float]
+    sites: dict[str, list[float]]
+
 
 class SparsityMeter:
     """Counts of kept neurons by site, and of kept inputs by linear layer; read it inside or after
     :func:`achieved_sparsity`."""
 
     def __init__(
-        self, modules: dict[str, SparseMLP], linears: dict[str, SparseLinear] | None = None
+        self,
+        modules: dict[str, SparseMLP],
+        linears: dict[str, SparseLinear] | None = None,
+        positions: bool = False,
     ) -> None:
-        self._counts = {name: _Count(module) for name, module in modules.items()}
+        self._counts = {name: _Count(module, positions) for name, module in modules.items()}
         self._inputs = {name: _InputCount(layer) for name, layer in (linears or {}).items()}
 
     @property
@@ -85,6 +109,13 @@ class SparsityMeter:
             return linear.bytes_skipped() if down else 0.0
         return self._counts[name].bytes_skipped(down)
 
+    @property
+    def positions(self) -> PositionSparsity | None:
+        """Sparsity by token position; None if it was not asked for, or no site saw sequences (an
+        expert's tokens, say, have no position)."""
+        found = {name: c.places for name, c in self._counts.items() if c.places}
+        return _by_position(found) if found else None
+
     def counter(self, name: str) -> Any:
         return self._counts.get(name) or self._inputs[name]
 
@@ -119,7 +150,7 @@ class _InputCount:
 
 
 class _Count:
-    def __init__(self, module: SparseMLP) -> None:
+    def __init__(self, module: SparseMLP, positions: bool) -> None:
         self.module, self.weights = module, _weight_elements(module)
         rows: int = getattr(module, module.site_gate).out_features
         self.width = rows // 2 if module.site_up is None else rows
@@ -127,10 +158,17 @@ class _Count:
         # These stay on the device: reading them is the only sync.
         self.kept: Tensor | int = 0
         self.kept_down: Tensor | int = 0
+        self.places: _Places | None = {} if positions else None
 
     def __call__(self, keep: Tensor, kept: Tensor) -> None:
         self.total += keep.numel()
-        number = keep.sum(dtype=torch.int64)
+        if self.places is None or keep.dim() < 3:
+            number = keep.sum(dtype=torch.int64)
+        else:
+            by_place = keep.sum(-1, dtype=torch.int64).flatten(0, -2).sum(0)
+            number, length = by_place.sum(), len(by_place)
+            pairs, before = self.places.get(length, (0, torch.zeros_like(by_place)))
+            self.places[length] = pairs + keep.numel() // length, before + by_place
         self.kept = self.kept + number
         self.kept_down = self.kept_down + (number if kept is keep else kept.sum(dtype=torch.int64))
 
@@ -154,7 +192,7 @@ class _Count:
 
 
 @contextmanager
-def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
+def achieved_sparsity(model: Any, positions: bool = False) -> Iterator[SparsityMeter]:
     """Measure the sparsity of everything the model computes inside the ``with`` block.
 
     Outside the block nothing is counted and nothing is paid.
@@ -165,6 +203,11 @@ def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
             model.generate(**inputs)
         print(meter.sparsity, meter.sites)
 
+    Args:
+        model: a sparse model.
+        positions: count by token position, too (``meter.positions``). For calls that each hold
+            whole texts from their first token on; in decode a token's position is not known here.
+
     Raises:
         CatsparseError: the model is dense, or being measured already.
     """
@@ -174,7 +217,7 @@ def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
     if any(layer.catsparse_counter is not None for layer in layers.values()):
         raise CatsparseError("the model is being measured already; use the outer meter")
-    meter = SparsityMeter(modules, linears)
+    meter = SparsityMeter(modules, linears, positions)
     try:
         for name, layer in layers.items():
             layer.catsparse_counter = meter.counter(name)
@@ -182,6 +225,24 @@ def achieved_sparsity(model: Any) -> Iterator[SparsityMeter]:
     finally:
         for layer in layers.values():
             layer.catsparse_counter = None
+
+
+def _by_position(found: dict[str, _Places]) -> PositionSparsity:
+    # Up to where every site has seen a token; shorter sequences count as far as they go.
+    length = min(max(places) for places in found.values())
+    starts = [0, *(2**k for k in range((length - 1).bit_length()))]
+    ends = [*starts[1:], length]
+    counts = {}
+    for name, places in found.items():
+        pairs, kept = torch.zeros(2, length, dtype=torch.float64)
+        for end, (seen, number) in places.items():
+            pairs[:end] += seen
+            kept[:end] += number[:length].cpu()
+        spans = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
+        counts[name] = torch.stack([torch.stack([pairs[s].sum(), kept[s].sum()]) for s in spans])
+    total = torch.stack(list(counts.values())).sum(0)
+    sites = {name: (1 - c[:, 1] / c[:, 0]).tolist() for name, c in counts.items()}
+    return PositionSparsity(starts, length, (1 - total[:, 1] / total[:, 0]).tolist(), sites)
 
 
 def _weight_elements(module: SparseMLP) -> int:

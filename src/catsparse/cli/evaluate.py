@@ -111,6 +111,7 @@ def _perplexity(
     from ..evaluate import evaluate as evaluate_model
     from ..evaluate import perplexity
     from ..judge import while_it_fits
+    from ..rows import model_name
     from ..surgery import sparse_layers, state_of
 
     data, column, tokens, seq_len = source
@@ -123,7 +124,7 @@ def _perplexity(
             "data": data_name,
             "tokens": windows.shape[0] * (windows.shape[1] - 1),
             "perplexity": dense.value,
-            "perplexity_se": dense.standard_error,
+            "perplexity_se": _or_none(dense.standard_error),
         }
         if json:
             print_json(result)
@@ -137,19 +138,21 @@ def _perplexity(
     config = state_of(loaded).config
     result = {
         "model": model,
+        "base_model": model_name(loaded),
         "data": data_name,
         "tokens": e.tokens,
+        "seq_len": seq_len,
         "method": config.method,
         "compensate": config.compensate,
         "preview": config.preview,
         "scope": config.scope,
         "prefill": "masked",
         "perplexity": e.perplexity.value,
-        "perplexity_se": e.perplexity.standard_error,
+        "perplexity_se": _or_none(e.perplexity.standard_error),
         "dense_perplexity": e.dense_perplexity.value,
-        "dense_perplexity_se": e.dense_perplexity.standard_error,
+        "dense_perplexity_se": _or_none(e.dense_perplexity.standard_error),
         "rise": e.rise,
-        "rise_se": e.rise_standard_error,
+        "rise_se": _or_none(e.rise_standard_error),
         "sparsity": e.sparsity,
         "down_sparsity": e.down_sparsity,
         "bytes_skipped": e.bytes_skipped,
@@ -157,6 +160,8 @@ def _perplexity(
         "down_sites": e.down_sites,
         "input_sparsity": e.input_sparsity,
         "inputs": e.inputs,
+        "expected_sites": {name: site.sparsity for name, site in config.sites.items()},
+        "positions": None if e.positions is None else asdict(e.positions),
     }
     if json:
         print_json(result)
@@ -193,6 +198,11 @@ def _perplexity(
     of = f"; a {config.preview}-bit preview of the {config.decided_on} decides"
     by_preview = of if config.preview else ""
     out.print(f"{e.tokens:,} tokens of {data_name}; every token thresholded{by_preview}")
+
+
+def _or_none(error: float) -> float | None:
+    """A standard error for JSON, which has no nan: of a single window there is none."""
+    return None if math.isnan(error) else error
 
 
 def _print_tasks(rows: list[TaskRow]) -> None:
