@@ -56,6 +56,7 @@ LAYERS = {
     "serve": 5,
     "vllm_plugin": 5,
     "report": 6,
+    "page": 6,
     "chat": 6,
     "compare": 6,
     "demo": 7,

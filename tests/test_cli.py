@@ -38,7 +38,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
     code, text, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("sparsify", "evaluate", "compare", "generate", "chat", "info", "plot", "demo"):
+    for command in "sparsify evaluate compare generate chat info plot report demo".split():
         assert command in text
 
 
@@ -61,6 +61,37 @@ def test_evaluate_json_has_the_promised_keys(
     assert result["perplexity"] > result["dense_perplexity"]
     assert abs(result["sparsity"] - 0.5) < 0.03
     assert result["bytes_skipped"] == pytest.approx(2 / 3 * result["sparsity"], abs=1e-6)
+    assert (result["base_model"], result["seq_len"]) == ("default", 256)
+    config = json.loads((artifact / "catsparse.json").read_text())
+    assert result["expected_sites"] == {n: s["sparsity"] for n, s in config["sites"].items()}
+    assert result["positions"]["starts"] == [0, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert result["positions"]["sites"].keys() == result["sites"].keys()
+
+
+def test_evaluation_of_one_window_is_json(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a single window there is no standard error, and JSON has no NaN."""
+    one = ["--tokens", "256", "--seq-len", "256", "--json"]
+    for model in (artifact, "default"):
+        code, text, _ = run(capsys, "evaluate", model, *one)
+        assert code == 0
+        assert json.loads(text, parse_constant=pytest.fail)["perplexity_se"] is None
+
+
+def test_report_of_the_bundled_model(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of evaluate are those that report takes."""
+    _, text, _ = run(capsys, "evaluate", artifact, *SMALL, "--json")
+    (tmp_path / "evaluate.json").write_text(text)
+    code, text, _ = run(
+        capsys, "report", artifact, "-o", tmp_path / "page.html",
+        "--rows", tmp_path / "evaluate.json", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(text)["rows"]["evaluate"] == 1
+    assert '"own":true' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_evaluate_table_and_dense_model(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .plot import plot
+from .report import report
 from .sparsify import sparsify
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def _main(
     _debug = debug
 
 
-for command in (sparsify, evaluate, compare, generate, chat, info, plot, demo):
+for command in (sparsify, evaluate, compare, generate, chat, info, plot, report, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
