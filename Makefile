@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out
 
-.PHONY: help setup demo test lint type bench docs clean
+.PHONY: help setup demo test lint type bench report docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -37,6 +37,16 @@ type: $(READY)  ## mypy, strict
 bench: $(READY)  ## quality table and calibration cost -> benchmarks/results
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/calibration.py
+
+RESULTS := benchmarks/results
+REPORT_ROWS := $(foreach name,evaluate-default.json compare-default.jsonl bench-cpu.jsonl \
+	decode-cuda-h200.jsonl gated-mlp-cuda-h200.jsonl,--rows $(RESULTS)/$(name))
+
+report: $(READY)  ## the bundled model's report page -> docs
+	$(BIN)/catsparse sparsify default -o $(OUT)/default-33 --bytes-skipped 0.333 --allocation optimal
+	$(BIN)/catsparse evaluate $(OUT)/default-33 --tokens 10240 --json > $(OUT)/evaluate.json
+	mv $(OUT)/evaluate.json $(RESULTS)/evaluate-default.json
+	$(BIN)/catsparse report $(OUT)/default-33 -o docs/report-default.html $(REPORT_ROWS)
 
 docs: $(READY)  ## build the site into site/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

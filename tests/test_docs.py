@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from catsparse import hub
+from catsparse.page import render
 
 ROOT = Path(__file__).parents[1]
 WITH_CODE = ("README.md", "docs/quickstart.md")
@@ -85,3 +87,11 @@ def test_blocks_and_links_are_found() -> None:
     )
     assert python_blocks(text) == [(4, "x = '[j](k.md)'\n")]
     assert relative_links(text) == ["b.md#c", "o.md"]
+
+
+def test_the_report_page_is_that_of_today() -> None:
+    """The bundled model's page as today's style and script show its data: else ``make report``."""
+    page = (ROOT / "docs" / "report-default.html").read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    assert render(json.loads(data[1])) == page
