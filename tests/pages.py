@@ -41,10 +41,17 @@ def make_folder(
         data_name="a text",
         preview=preview,
         products_at=None if down is None else options["sparsity"],
+        inputs="all" if method in ("teal", "wina") or options.get("scope") == "all" else None,
     )
     if table:
         calibration.sensitivities = catsparse.measure_sensitivities(
-            model, calibration, tiny.tokens(2, 32, seed=9), method, sparsities=GRID, progress=False
+            model,
+            calibration,
+            tiny.tokens(2, 32, seed=9),
+            method,
+            sparsities=GRID,
+            progress=False,
+            scope=options.get("scope", "mlp"),
         )
     options = options or {"sparsity": 0.5}
     catsparse.sparsify(model, calibration, method=method, **options)
@@ -79,7 +86,7 @@ def compare_row(**changes: Any) -> dict[str, Any]:
 
 def evaluate_row(config: catsparse.SparsityConfig, **changes: Any) -> dict[str, Any]:
     """As ``catsparse evaluate --json`` prints it for a folder of this config."""
-    names = list(config.sites)
+    names = [*config.sites, *config.inputs]
     return {
         "model": "out/sparse",
         "base_model": "tiny",
@@ -98,7 +105,7 @@ def evaluate_row(config: catsparse.SparsityConfig, **changes: Any) -> dict[str, 
         "sparsity": 0.52,
         "bytes_skipped": 0.34,
         "sites": {name: 0.5 + k / 100 for k, name in enumerate(names)},
-        "expected_sites": {name: site.sparsity for name, site in config.sites.items()},
+        "expected_sites": {n: p.sparsity for n, p in (config.sites | config.inputs).items()},
         "positions": {
             "starts": [0, 1, 2],
             "length": 4,

@@ -45,19 +45,30 @@ def payload(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("method", "preview"), [("cats", None), ("chess", None), ("energy", None), ("product", 4)]
+    ("method", "preview", "scope"),
+    [
+        ("cats", None, "mlp"),
+        ("chess", None, "mlp"),
+        ("energy", None, "mlp"),
+        ("product", 4, "mlp"),
+        ("teal", None, "mlp"),
+        ("wina", None, "all"),
+        ("energy", None, "all"),
+    ],
 )
 def test_the_slider_has_the_thresholds_of_the_calibration(
-    tmp_path: Path, method: str, preview: int | None
+    tmp_path: Path, method: str, preview: int | None, scope: str
 ) -> None:
-    made = pages.make_folder(tmp_path, method=method, preview=preview, table=False, sparsity=0.6)
+    made = pages.make_folder(
+        tmp_path, method=method, preview=preview, table=False, sparsity=0.6, scope=scope
+    )
     shown = gather(made, progress=False)
     config, _, calibration = hub.read_artifact(str(made))
     assert calibration is not None
     assert shown["levels"]["positions"] == [k / 100 for k in range(98)]
     for at in (0, 1, 33, 50, 97):
-        found = calibration.thresholds(POSITIONS[at], method)
-        for name, of in zip(config.sites, shown["levels"]["sites"], strict=True):
+        found = calibration.thresholds(POSITIONS[at], method, scope=scope)
+        for name, of in zip((*config.sites, *config.inputs), shown["levels"]["sites"], strict=True):
             expected = found[name]
             assert of["sparsity"][at] == pytest.approx(expected.sparsity, rel=1e-5)
             if at == 0:
@@ -184,6 +195,27 @@ def test_histograms_of_products_are_of_scores(tmp_path: Path) -> None:
         bar = int(np.searchsorted(edges, site.threshold))
         least = shown["below"][k] + sum(shown["shares"][k][: bar - 1])
         assert least - 1e-3 <= site.sparsity <= least + shown["shares"][k][bar - 1] + 1e-3
+
+
+def test_inputs_of_linear_layers_beside_neurons(tmp_path: Path) -> None:
+    made = pages.make_folder(tmp_path, sparsity=0.5, scope="all")
+    config, _, calibration = hub.read_artifact(str(made))
+    assert calibration is not None
+    shown = gather(made, progress=False)
+    names = [*config.sites, *config.inputs]
+    assert [layer["name"] for layer in shown["layers"]] == names
+    assert [layer["axis"] for layer in shown["layers"]] == ["gate"] * 2 + ["input"] * 4
+    assert [layer["method"] for layer in shown["layers"]] == ["energy"] * 2 + ["teal"] * 4
+    assert shown["layers"][2]["size"] == 32
+    assert shown["model"]["weights"] == "all linears'"
+    assert shown["sensitivities"]["why_not"] is None
+    for name, shares in zip(names, shown["histograms"]["shares"], strict=True):
+        statistics = calibration.statistics.get(name) or calibration.input_statistics[name]
+        whole = statistics.histogram.double() / statistics.histogram.sum()
+        # One bar by hand: the quarter octave below 1.
+        bar = shown["histograms"]["edges"].index(exact(float(np.float32(1 - 2**-9))))
+        low, high = (int(torch.tensor(v).bfloat16().view(torch.int16)) for v in (0.875, 1.0))
+        assert shares[bar - 1] == pytest.approx(float(whole[low:high].sum()), rel=1e-3)
 
 
 def test_relu_zeros_lie_below_the_axis(tmp_path: Path) -> None:
@@ -369,7 +401,7 @@ def test_the_command_says_why_it_predicts_nothing(
         (lambda made: (made / "calibration.safetensors").unlink(), "calibration.safetensors"),
         (lambda made: edit(made, '"sparsity": 0.5', '"sparsity": NaN'), "NaN is not a number"),
         (lambda made: edit(made, '"sparsity": 0.5', '"sparsity": 1e999'), "not a finite number"),
-        (lambda made: edit(made, '"format_version": 2', '"format_version": 99'), "upgrade"),
+        (lambda made: edit(made, '"format_version": ', '"format_version": 9'), "upgrade"),
         (lambda made: edit(made, '"prefill": "masked"', '"prefill": "x"'), "prefill must be"),
         (lambda made: edit(made, "{", "{" + " " * (17 * 2**20)), "not one of ours"),
         (lambda made: edit(made, "energy", "chess"), "do not belong together"),

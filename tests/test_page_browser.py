@@ -457,6 +457,8 @@ def test_hostile_names_do_nothing(browser: Any, payload: dict[str, Any], tmp_pat
         {"method": "cats", "config": tiny.llama_config(hidden_act="relu"), "table": False},
         {"table": False, "sparsity": 0.5, "down_sparsity": 0.7},
         {"sparsity": 0.0},
+        {"method": "teal", "sparsity": 0.4},
+        {"sparsity": 0.5, "scope": "all"},
     ],
 )
 def test_other_folders(browser: Any, tmp_path: Path, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import pages
 from catsparse import CatsparseError
-from catsparse.config import BaseModel, SiteConfig, SparsityConfig
+from catsparse.config import BaseModel, InputConfig, SiteConfig, SparsityConfig
 from catsparse.page import rows as page_rows
 from catsparse.page.rows import read_rows
 from command import run
@@ -65,6 +65,19 @@ def test_a_site_without_positions(tmp_path: Path) -> None:
     assert shown["sites"] == [None, [0.4, 0.5, 0.6]]
     row["positions"] = None
     assert read_rows([write(tmp_path, row)], CONFIG)["evaluate"][0]["positions"] is None
+
+
+def test_inputs_of_linear_layers_are_not_measured(tmp_path: Path) -> None:
+    linear = InputConfig(("layers.0.q",), 0.1, 0.4, 32, 32)
+    config = SparsityConfig(SITES, inputs={"layers.0.q": linear}, scope="all")
+    row = pages.evaluate_row(config)
+    del row["sites"]["layers.0.q"], row["positions"]["sites"]["layers.0.q"]
+    (shown,) = read_rows([write(tmp_path, row)], config)["evaluate"]
+    assert shown["own"]
+    assert shown["sites"] == [0.5, 0.51, None]
+    assert shown["positions"]["sites"][2] is None
+    row["expected_sites"]["layers.0.q"] = 0.5
+    assert not read_rows([write(tmp_path, row)], config)["evaluate"][0]["own"]
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ def _perplexity(
         "down_sites": e.down_sites,
         "input_sparsity": e.input_sparsity,
         "inputs": e.inputs,
-        "expected_sites": {name: site.sparsity for name, site in config.sites.items()},
+        "expected_sites": {
+            name: part.sparsity for name, part in (config.sites | config.inputs).items()
+        },
         "positions": None if e.positions is None else asdict(e.positions),
     }
     if json:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import write_atomic
 from ..errors import CatsparseError
+from ..files import write_atomic
 from .payload import gather
 
 ASSETS = Path(__file__).parent / "assets"

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..calibration import Calibration
-from ..config import PRODUCT, SiteConfig, SparsityConfig
+from ..config import PRODUCT, InputConfig, SiteConfig, SparsityConfig
 from ..errors import CatsparseError
 from ..methods import SiteThreshold
 from ..statistics import Magnitudes, threshold_above
@@ -41,20 +41,20 @@ def levels(config: SparsityConfig, calibration: Calibration, progress: bool) -> 
     """
     of_sites: dict[str, dict[str, list[Any]]] = {
         name: {key: [] for key in ("scalar", "low", "middle", "high", "sparsity")}
-        for name in config.sites
+        for name in parts_of(config)
     }
     skipped, dropped = [], []
     console = Console(stderr=True)
     for share in track(
         POSITIONS, "thresholds", console=console, transient=True, disable=not progress
     ):
-        found = calibration.thresholds(share, config.method, compensate=False)
+        found = calibration.thresholds(share, config.method, compensate=False, scope=config.scope)
         for name, into in of_sites.items():
-            for key, value in described(config, found[name]).items():
+            for key, value in described(config, name, found[name]).items():
                 into[key].append(value)
         at = _config_at(config, found)
         skipped.append(rounded(at.bytes_skipped))
-        dropped.append(rounded(at.measured_sparsity or 0.0))
+        dropped.append(rounded(at.measured_sparsity or at.input_sparsity or 0.0))
     return {
         "positions": list(POSITIONS),
         "sites": list(of_sites.values()),
@@ -63,10 +63,27 @@ def levels(config: SparsityConfig, calibration: Calibration, progress: bool) -> 
     }
 
 
-def described(config: SparsityConfig, threshold: SiteThreshold) -> dict[str, float | None]:
+def parts_of(config: SparsityConfig) -> dict[str, SiteConfig | InputConfig]:
+    """All that gets thresholds, by name: gated MLPs and inputs of linear layers."""
+    return {**config.sites, **config.inputs}
+
+
+def axis_of(config: SparsityConfig, name: str) -> str:
+    """What a part's threshold is compared with: ``input``, ``product`` or ``gate``."""
+    return "input" if name in config.inputs else config.decided_on
+
+
+def scalar_of(config: SparsityConfig, name: str) -> str:
+    """The method whose number stands behind a part's thresholds."""
+    return config.input_method if name in config.inputs else config.method
+
+
+def described(
+    config: SparsityConfig, name: str, threshold: SiteThreshold
+) -> dict[str, float | None]:
     """A site's thresholds as the page shows them, on the axis of its histogram."""
     scalar = None if threshold.scalar < 0 else exact(threshold.scalar)
-    if config.method == PRODUCT:  # the histogram is of scores, and these have one threshold
+    if scalar_of(config, name) == PRODUCT:  # its histogram is of scores, which have one threshold
         low = middle = high = scalar
     else:
         shares = torch.tensor([0.1, 0.5, 0.9])
@@ -99,12 +116,17 @@ def _config_at(config: SparsityConfig, found: dict[str, SiteThreshold]) -> Spars
         )
         for name, site in config.sites.items()
     }
+    inputs = {
+        name: replace(part, threshold=found[name].scalar, sparsity=found[name].sparsity)
+        for name, part in config.inputs.items()
+    }
     neurons = sum(site.intermediate_size for site in sites.values())
-    dropped = sum(site.sparsity * site.intermediate_size for site in sites.values()) / neurons
+    dropped = sum(site.sparsity * site.intermediate_size for site in sites.values())
     return replace(
         config,
         sites=sites,
-        measured_sparsity=dropped,
+        inputs=inputs,
+        measured_sparsity=dropped / neurons if neurons else None,
         down_sparsity=None,
         measured_down_sparsity=None,
     )
@@ -118,10 +140,11 @@ def histograms(config: SparsityConfig, calibration: Calibration) -> dict[str, An
         site: of the (token, neuron) pairs, in each bar; ``below``: left of the first edge, exact
         zeros among them; ``above``: right of the last.
     """
-    kinds: Mapping[str, Magnitudes] = (
+    of_sites: Mapping[str, Magnitudes] = (
         calibration.foretold if config.method == PRODUCT else calibration.statistics
     )
-    counts = torch.stack([kinds[name].histogram for name in config.sites]).double()
+    kinds: dict[str, Magnitudes] = {**of_sites, **calibration.input_statistics}
+    counts = torch.stack([kinds[name].histogram for name in parts_of(config)]).double()
     total = counts.sum(1, keepdim=True)
     counts[:, 0] = 0  # exact zeros, a ReLU's, have no place on a log axis
     bars = counts.view(len(counts), -1, _MAGNITUDES).sum(2)
@@ -148,32 +171,31 @@ def sensitivities(config: SparsityConfig, calibration: Calibration) -> dict[str,
         ``grid``, ``losses`` as measured and ``predicted``, by site, at each position (null beyond
         the grid), and ``saved``: the sum at the sparsities of the config.
     """
-    table = calibration.sensitivities
+    table, parts = calibration.sensitivities, parts_of(config)
     if table is None:
         return {"why_not": "the calibration holds no table of layer sensitivities"}
     try:
-        table.require(config.method, config.compensate, config.preview, config.sites)
+        table.require(config.method, config.compensate, config.preview, parts)
     except CatsparseError as error:
         return {"why_not": str(error)}
     last = table.sparsities[-1]
     within = torch.tensor([s for s in POSITIONS if s <= last], dtype=torch.float64)
     beyond = [None] * (len(POSITIONS) - len(within))
     predicted = [
-        [*(rounded(v) for v in table.curve(name, within).tolist()), *beyond]
-        for name in config.sites
+        [*(rounded(v) for v in table.curve(name, within).tolist()), *beyond] for name in parts
     ]
-    reached = [min(site.sparsity, last) for site in config.sites.values()]
+    reached = [min(part.sparsity, last) for part in parts.values()]
     saved = sum(
         float(table.curve(name, torch.tensor([share], dtype=torch.float64)))
-        for name, share in zip(config.sites, reached, strict=True)
+        for name, share in zip(parts, reached, strict=True)
     )
     # What was asked may drop a hair more than asked, at the table's end, too.
-    known = all(site.sparsity <= last + 1e-3 for site in config.sites.values())
+    known = all(part.sparsity <= last + 1e-3 for part in parts.values())
     return {
         "why_not": None,
         "tokens": table.tokens,
         "grid": list(table.sparsities),
-        "losses": [[rounded(v) for v in table.losses[name].tolist()] for name in config.sites],
+        "losses": [[rounded(v) for v in table.losses[name].tolist()] for name in parts],
         "predicted": predicted,
         "saved": rounded(saved) if known and config.down_sparsity is None else None,
     }

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from ..config import shorten
+from ..strict_json import shorten
 
 
 def rounded(value: float, digits: int = 6) -> float:

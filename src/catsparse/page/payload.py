@@ -8,11 +8,20 @@ from typing import Any
 
 from .._version import __version__
 from ..calibration import Calibration
-from ..config import CONFIG_NAME, PRODUCT, SparsityConfig
+from ..config import CONFIG_NAME, PRODUCT, InputConfig, SparsityConfig
 from ..errors import CatsparseError
 from ..hub import read_artifact
 from ..methods import SiteThreshold
-from .levels import POSITIONS, described, histograms, levels, sensitivities
+from .levels import (
+    POSITIONS,
+    axis_of,
+    described,
+    histograms,
+    levels,
+    parts_of,
+    scalar_of,
+    sensitivities,
+)
 from .numbers import portable, rounded
 from .rows import read_rows
 
@@ -22,6 +31,8 @@ _SCALARS = {
     "chess": "√T, on |g| √E[u²]",
     "energy": "T, on |g| E[u²]",
     PRODUCT: "P, on |g u| ‖w_down‖",
+    "teal": "t, on |x|",
+    "wina": "T, on |x| times the norm of the input's weights",
 }
 
 
@@ -88,7 +99,7 @@ def _model(config: SparsityConfig) -> dict[str, Any]:
         "down_asked": config.down_sparsity,
         "down": config.measured_down_sparsity,
         "bytes": rounded(config.bytes_skipped),
-        "scalar": _SCALARS[config.method],
+        "weights": config.weights,
         "version": portable(config.catsparse_version) or None,
     }
 
@@ -107,19 +118,22 @@ def _provenance(config: SparsityConfig) -> dict[str, Any] | None:
 
 
 def _layers(config: SparsityConfig, thresholds: dict[str, SiteThreshold]) -> list[dict[str, Any]]:
-    shown = {name: portable(name) for name in config.sites}
+    """A gated MLP's neurons, and the inputs of linear layers, each with what decides on it."""
+    parts = parts_of(config)
+    shown = {name: portable(name) for name in parts}
     return [
         {
             "name": shown[name],
             "short": short,
-            "neurons": site.intermediate_size,
-            "hidden": site.hidden_size,
-            "act": site.act,
-            "down": site.down_sparsity,
-            "saved": described(config, thresholds[name]),
+            "axis": axis_of(config, name),
+            "method": scalar_of(config, name),
+            "scalar": _SCALARS[scalar_of(config, name)],
+            "size": part.in_features if isinstance(part, InputConfig) else part.intermediate_size,
+            "act": None if isinstance(part, InputConfig) else part.act,
+            "saved": described(config, name, thresholds[name]),
         }
-        for (name, site), short in zip(
-            config.sites.items(), short_names(list(shown.values())), strict=True
+        for (name, part), short in zip(
+            parts.items(), short_names(list(shown.values())), strict=True
         )
     ]
 

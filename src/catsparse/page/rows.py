@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config import SparsityConfig, parse_json, shorten
+from ..config import SparsityConfig
 from ..errors import CatsparseError
+from ..strict_json import parse_json, shorten
+from .levels import parts_of
 from .numbers import portable, rounded
 
 MAX_BYTES = 16 * 2**20  # a file's; ten thousand rows are about 5 MB
@@ -169,13 +171,15 @@ def _evaluate_row(raw: Mapping[str, Any], where: str, config: SparsityConfig) ->
     row = _kept(raw, _EVALUATE, where)
     _of_this_model(row.pop("base_model"), where, config)
     own = (config.method, config.compensate, config.preview)
-    expected = {name: site.sparsity for name, site in config.sites.items()}
+    expected = {name: part.sparsity for name, part in parts_of(config).items()}
     row["own"] = (row["method"], row["compensate"], row["preview"]) == own and raw.get(
         "expected_sites"
     ) == expected
     if not row["own"]:
         return row
-    row["sites"] = _fractions(raw.get("sites"), list(config.sites), where)
+    # What inputs of linear layers dropped is not in the row.
+    of_sites = _fractions(raw.get("sites"), list(config.sites), where)
+    row["sites"] = [*of_sites, *[None] * len(config.inputs)]
     row["positions"] = None
     if (positions := raw.get("positions")) is not None:
         row["positions"] = _positions(positions, config, where)
@@ -197,7 +201,7 @@ def _positions(raw: Any, config: SparsityConfig, where: str) -> dict[str, Any]:
         "sparsity": _fractions(raw.get("sparsity"), indices, where),
         "sites": [
             _fractions(raw["sites"][name], indices, where) if name in raw["sites"] else None
-            for name in config.sites
+            for name in parts_of(config)
         ],
     }
 

@@ -7,8 +7,11 @@ function levelOf(layer, at = state.at) {
     sparsity: of.sparsity[at] };
 }
 
-const perNeuron = () => DATA.levels.sites.some((site) => site.low.some((v, k) => v !== site.high[k]));
-const axisWord = () => (DATA.model.method === "product" ? "|g u| ‖w_down‖, foretold" : "|act(gate)|");
+const perNeuron = () => DATA.levels.sites.some(({ low, high }) => low.some((v, k) => v !== high[k]));
+const ownThresholds = (layer) => DATA.levels.sites[layer].low.some((v, k) => v !== DATA.levels.sites[layer].high[k]);
+const AXES = { gate: "|act(gate)|", product: "|g u| ‖w_down‖, foretold", input: "|x|" };
+const axisWord = () => AXES[LAYERS[state.layer].axis];
+const unitWord = (layer) => (LAYERS[layer].axis === "input" ? "inputs" : "neurons");
 
 /** Share of neurons whose threshold lies above `value`: by the 10th, 50th and 90th percentile. */
 function shareAbove(level, value) {
@@ -39,7 +42,8 @@ function activations() {
       "histograms. Calibrate the dense model again:", "catsparse sparsify MODEL -o FOLDER");
     return;
   }
-  section.append(paragraph(intro()));
+  const words = paragraph("");
+  section.append(words);
   const select = make("select", { id: "layer" },
     ...LAYERS.map((layer, k) => make("option", { value: k }, `${layer.short} · ${layer.name}`)));
   select.addEventListener("change", () => change({ layer: Number(select.value) }));
@@ -52,6 +56,7 @@ function activations() {
     [swatch("saved"), "as saved"],
   ]);
   follow(() => {
+    words.textContent = intro();
     select.value = state.layer;
     it.heading.textContent = headline();
     show(it, histogram(state.layer));
@@ -62,22 +67,24 @@ function activations() {
 function intro() {
   const { tokens } = DATA.calibration ?? { tokens: null };
   const on = tokens ? ` over ${WHOLE.format(tokens)} calibration tokens` : "";
-  const many = perNeuron()
-    ? `Every neuron has a threshold of its own, all from one number in the file (${DATA.model.scalar}): ` +
+  const { axis, scalar } = LAYERS[state.layer];
+  const one = axis === "input" ? "An input" : "A neuron";
+  const many = ownThresholds(state.layer)
+    ? `Each has a threshold of its own, all from one number in the file (${scalar}): ` +
       "the line is their median, the shade goes from the 10th to the 90th percentile."
-    : `The line is the layer's one threshold, ${DATA.model.scalar}.`;
-  return `How large ${axisWord()} is in one layer${on}. A neuron is dropped where it is at most its ` +
+    : `The line is the layer's one threshold, ${scalar}.`;
+  return `How large ${axisWord()} is in one layer${on}. ${one} is dropped where it is at most its ` +
     `threshold. ${many}`;
 }
 
 function headline() {
   const level = levelOf(state.layer);
-  const { short: name } = LAYERS[state.layer];
-  if (level.middle === null) return `Layer ${name}: every neuron is kept`;
+  const { short: name, method } = LAYERS[state.layer];
+  if (level.middle === null) return `Layer ${name}: all ${unitWord(state.layer)} are kept`;
   const word = level.low === level.high ? "threshold" : "median threshold";
-  const letter = { cats: "t", chess: "√T", energy: "T", product: "P" }[DATA.model.method];
+  const letter = { chess: "√T", energy: "T", wina: "T" }[method];
   return `Layer ${name}: ${percent(level.sparsity)} dropped, ${word} ${short(level.middle)}` +
-    (DATA.model.method === "cats" || DATA.model.method === "product" ? "" : `, ${letter} = ${short(level.scalar)}`);
+    (letter ? `, ${letter} = ${short(level.scalar)}` : "");
 }
 
 function histogram(layer) {
@@ -92,7 +99,7 @@ function histogram(layer) {
     return { x: Math.sqrt(bar.from * bar.to), y: bar.height, series: 0, lines: [
       `${short(bar.from)} to ${short(bar.to)}`, `${percent(bar.share, 2)} of activations`,
       `${percent(Math.min(under, 1))} up to here`,
-      `dropped in ${percent(shareAbove(level, Math.sqrt(bar.from * bar.to)), 0)} of neurons`] };
+      `dropped in ${percent(shareAbove(level, Math.sqrt(bar.from * bar.to)), 0)} of ${unitWord(layer)}`] };
   });
   return {
     label: `Histogram of ${axisWord()} in layer ${LAYERS[layer].short}`,

@@ -5,12 +5,12 @@ function summary() {
   byId("name").textContent = model.name;
   const down = model.down === null ? "" : `, ${percent(model.down)} of down rows unread`;
   byId("lede").textContent =
-    `${plural(LAYERS.length, "gated MLP")} made sparse by ${model.described}: of every token's ` +
-    `neurons ${percent(model.dropped)} are dropped${down}.`;
+    `${sitesWords()} made sparse by ${model.described}: of every token's ` +
+    `${unitWord(0)} ${percent(model.dropped)} are dropped${down}.`;
   const own = ownRow();
   const figures = [
-    ["Neurons dropped", percent(model.dropped), `asked for ${percent(model.asked)}, on the calibration text`],
-    ["MLP bytes skipped", percent(model.bytes), "of the weights, for each decoded token"],
+    [unitWord(0) === "inputs" ? "Inputs dropped" : "Neurons dropped", percent(model.dropped), `asked for ${percent(model.asked)}, on the calibration text`],
+    ["Bytes skipped", percent(model.bytes), `of ${model.weights} weights, for each decoded token`],
   ];
   if (own) {
     figures.push(["Rise of perplexity", rise(own.rise), (own.rise_se === null ? "" : `± ${percent(own.rise_se)} · `) +
@@ -25,6 +25,14 @@ function summary() {
     make("div", {}, make("dt", {}, term), make("dd", {}, value))));
 }
 
+function sitesWords() {
+  const inputs = LAYERS.filter((layer) => layer.axis === "input").length;
+  const parts = [];
+  if (LAYERS.length > inputs) parts.push(plural(LAYERS.length - inputs, "gated MLP"));
+  if (inputs) parts.push(`${plural(inputs, "input")} of linear layers`);
+  return parts.join(" and ");
+}
+
 function facts(model, calibration) {
   const revision = model.revision ? ` at ${model.revision.slice(0, 12)}` : "";
   const prefill = model.prefill === "masked" ? "masked: every token is thresholded"
@@ -32,8 +40,10 @@ function facts(model, calibration) {
   const found = [
     ["Base model", `${model.name}${revision}${model.type ? `, ${model.type}` : ""}`],
     ["Method", model.described],
-    ["Decided on", model.decided_on === "product" ? "the product that a preview foretells"
-      : model.preview ? "the gate, as a preview foretells it" : "the gate"],
+    ["Decided on", [...new Set(LAYERS.map((layer) => layer.axis))].map((axis) => ({
+      product: "the product that a preview foretells",
+      gate: model.preview ? "the gate, as a preview foretells it" : "the gate",
+      input: "inputs of linear layers" })[axis]).join("; ")],
     ["Prefill", prefill],
   ];
   if (calibration) {
@@ -41,10 +51,11 @@ function facts(model, calibration) {
     found.push(["Calibrated on", `${WHOLE.format(calibration.tokens)} tokens of ${calibration.data}${windows}, ` +
       `${calibration.dtype}, seed ${calibration.seed}`]);
   } else found.push(["Calibrated on", "not said"]);
-  const neurons = [...new Set(LAYERS.map((layer) => layer.neurons))];
+  const neurons = [...new Set(LAYERS.map((layer) => layer.size))];
   const sizes = neurons.length === 1 ? WHOLE.format(neurons[0])
     : `${WHOLE.format(Math.min(...neurons))} to ${WHOLE.format(Math.max(...neurons))}`;
-  found.push(["Neurons", `${sizes} a layer, ${[...new Set(LAYERS.map((layer) => layer.act))].join(", ")}`]);
+  const acts = [...new Set(LAYERS.map((layer) => layer.act).filter(Boolean))];
+  found.push([unitWord(0) === "inputs" ? "Inputs" : "Neurons", [`${sizes} a layer`, ...acts].join(", ")]);
   found.push(["Folder", DATA.folder], ["Thresholds by", `catsparse ${model.version ?? "of unknown version"}`]);
   return found;
 }
@@ -81,7 +92,7 @@ function sliderSetUp() {
     byId("at-bytes").textContent = percent(bytes[state.at]);
     byId("at-loss").textContent = loss === null ? beyond()
       : `${short(loss)} nats (perplexity ${rise(Math.expm1(loss))})`;
-    slider.setAttribute("aria-valuetext", `${percent(positions[state.at], 0)} of neurons dropped, ` +
+    slider.setAttribute("aria-valuetext", `${percent(positions[state.at], 0)} of ${unitWord(0)} dropped, ` +
       `${percent(bytes[state.at])} of bytes skipped` +
       (loss === null ? "" : `, predicted loss ${lossWords(loss)}`));
   });

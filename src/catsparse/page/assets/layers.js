@@ -2,11 +2,15 @@
 
 const layerAxis = () => ({
   domain: [-0.6, LAYERS.length - 0.4],
-  ticks: LAYERS.map((_, k) => k).filter((k) => k % Math.ceil(LAYERS.length / 12) === 0),
+  ticks: (wide) => {
+    const letters = Math.max(...LAYERS.map((layer) => layer.short.length));
+    const room = clamp(Math.floor(wide / (8 * letters + 14)), 1, 12);
+    return LAYERS.map((_, k) => k).filter((k) => k % Math.ceil(LAYERS.length / room) === 0);
+  },
   format: (k) => LAYERS[k].short,
   title: "layer",
 });
-const shareAxis = { domain: [0, 1], format: (v) => percent(v, 0), title: "neurons dropped" };
+const shareAxis = { domain: [0, 1], format: (v) => percent(v, 0), title: "share dropped" };
 
 function layers() {
   const section = byId("layers");
@@ -81,7 +85,7 @@ function allocation(parent, table) {
       height: 300,
       columns: true,
       x: layerAxis(),
-      y: { ...shareAxis, title: "neurons dropped; part of the loss" },
+      y: { ...shareAxis, title: "share dropped; part of the loss" },
       items: LAYERS.map((layer, k) => ({ x: k, y: layer.saved.sparsity, series: 0, lines: [
         `Layer ${layer.short}`, `${percent(layer.saved.sparsity)} dropped as saved`,
         ...(parts[k] == null ? [] : [`at the slider ${lossWords(parts[k])}`, `${percent(part(k), 0)} of the sum`])] })),
@@ -144,16 +148,17 @@ function achievedByLayer(parent, own) {
     columns: true,
     x: layerAxis(),
     y: shareAxis,
-    items: LAYERS.map((layer, k) => ({ x: k, y: own.sites[k], series: 0, lines: [`Layer ${layer.short}`,
-      `${percent(own.sites[k])} achieved`, `${percent(layer.saved.sparsity)} expected`] })),
+    items: LAYERS.map((layer, k) => ({ x: k, y: own.sites[k] ?? layer.saved.sparsity, series: 0, lines: [
+      `Layer ${layer.short}`, own.sites[k] === null ? "not measured" : `${percent(own.sites[k])} achieved`,
+      `${percent(layer.saved.sparsity)} expected`] })),
     draw: ({ x, y, inside, over }) => {
       bars(inside, LAYERS.map((layer) => layer.saved.sparsity), x, y);
-      own.sites.forEach((value, k) => over.append(marker("circle", x(k), y(value), "s0", 4)));
+      own.sites.forEach((value, k) => value !== null && over.append(marker("circle", x(k), y(value), "s0", 4)));
     },
     table: () => ({
       head: ["layer", "expected", "achieved", "difference"],
       rows: LAYERS.map((layer, k) => [layer.name, percent(layer.saved.sparsity), percent(own.sites[k]),
-        rise(own.sites[k] - layer.saved.sparsity)]),
+        own.sites[k] === null ? "–" : rise(own.sites[k] - layer.saved.sparsity)]),
     }),
   }));
 }

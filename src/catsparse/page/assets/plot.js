@@ -36,6 +36,7 @@ function powers([low, high], wanted) {
 }
 
 function ticksOf(axis, wanted) {
+  if (typeof axis.ticks === "function") return axis.ticks(wanted * 70);
   if (axis.ticks) return axis.ticks.filter((v) => v >= axis.domain[0] && v <= axis.domain[1]);
   return axis.kind === "log" ? powers(axis.domain, wanted) : steps(axis.domain, wanted);
 }

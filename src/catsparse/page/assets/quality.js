@@ -33,7 +33,7 @@ function quality() {
     return;
   }
   section.append(paragraph("How much perplexity rises over the dense model's on the same text, against " +
-    "the share of the MLPs' weight bytes that a decoded token does not read. Lower is better. " +
+    "the share of weight bytes that a decoded token does not read. Lower is better. " +
     "Whiskers are standard errors, of paired windows."));
   const texts = [...new Set([...DATA.compare.map((row) => row.heldout), ...DATA.evaluate.map((row) => row.data)])];
   const select = make("select", { id: "text" }, ...texts.map((text) => make("option", { value: text }, text)));
@@ -89,7 +89,7 @@ function pareto(it, lines, text) {
     label: `Rise of perplexity against bytes skipped on ${text}`,
     height: 420,
     left: 56,
-    x: { domain: [leftmost, Math.min(1, widest * 1.08)], format: (v) => percent(v, 0), title: "MLP bytes skipped" },
+    x: { domain: [leftmost, Math.min(1, widest * 1.08)], format: (v) => percent(v, 0), title: DATA.model.weights === "the MLPs'" ? "MLP bytes skipped" : `bytes skipped of ${DATA.model.weights} weights` },
     y: { kind: "symlog", unit: 0.01, domain: [least * 1.2, most * 1.15], ticks: RISES, format: (v) => rise(v, 0), title: "rise of perplexity" },
     items: [...shown.flatMap((one) => one.rows.map((row) => ({ x: row.bytes_skipped, y: row.rise, series: one.words,
       lines: words(row, one.words) }))),
