@@ -315,9 +315,9 @@ def test_interrupt_keeps_the_calibration_and_goes_on(
     from catsparse import observation
 
     monkeypatch.setattr(observation, "_SAVE_SECONDS", 0.0)
-    step, calls = observation._Run.step, []
+    step, calls = observation.Run.step, []
 
-    def interrupted(self: observation._Run, batch: observation.Batch) -> None:
+    def interrupted(self: observation.Run, batch: observation.Batch) -> None:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(1)
@@ -325,7 +325,7 @@ def test_interrupt_keeps_the_calibration_and_goes_on(
 
     args = ["sparsify", "-o", tmp_path, *SMALL, "--json"]
     with monkeypatch.context() as patch:
-        patch.setattr(observation._Run, "step", interrupted)
+        patch.setattr(observation.Run, "step", interrupted)
         code, _, error = run(capsys, *args)
     partial = tmp_path / ".calibration.partial.safetensors"
     assert code == 130
@@ -461,7 +461,7 @@ def test_interrupted_measurement_goes_on(
         return divergence(*logits)
 
     # Nothing is calibrated again: the statistics count no further token.
-    monkeypatch.setattr(observation._Run, "count", None)
+    monkeypatch.setattr(observation.Run, "count", None)
     monkeypatch.setattr(probing, "divergence", counting)
     assert run(capsys, *args)[0] == 0
     assert len(calls) == 7 * 2

@@ -207,23 +207,48 @@ def test_preview_is_kept_while_the_down_projection_changes() -> None:
     assert mlp.catsparse_preview is made
 
 
-# Where the gate itself decides
+# In training
 
 
-def test_training_decides_by_the_gate() -> None:
+def test_training_decides_by_the_preview() -> None:
     mlp, x = sparse(dense_mlp()), torch.randn(40, H)
-    y = mlp(x)
-    assert y.requires_grad
-    torch.testing.assert_close(y, by_hand(mlp, x, None), rtol=1e-4, atol=1e-4)
+    for tokens in (x, x[:3]):
+        y = mlp(tokens)
+        assert y.requires_grad
+        torch.testing.assert_close(y, by_hand(mlp, tokens, 4), rtol=1e-4, atol=1e-4)
+    gate, *_ = weights(mlp)
+    never = (F.silu(x @ preview_by_hand(gate, 4).t()).abs() <= mlp.catsparse_threshold).all(0)
+    never[0] = True
+    mlp.catsparse_threshold = torch.where(never, 3e38, mlp.catsparse_threshold)
+    mlp(x).square().sum().backward()  # the gradient passes kept neurons only
+    assert not bool(mlp.gate_proj.weight.grad[never].any())
+    assert bool(mlp.gate_proj.weight.grad[~never].any())
 
 
-def test_module_in_train_mode_decides_by_the_gate() -> None:
+def test_training_keeps_no_preview_of_weights_that_a_step_changes() -> None:
+    """Fused optimizers step past the weights' versions, and nothing calls eval()."""
+    mlp, x = sparse(dense_mlp()), torch.randn(40, H)
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.05, fused=True)
+    mlp(x).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_training_decides_by_the_gate() -> None:
+    mlp, x = sparse(dense_mlp()), torch.randn(40, H)
+    compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), by_hand(mlp, x, None), rtol=1e-4, atol=1e-4)
+
+
+def test_module_in_train_mode_decides_by_the_preview() -> None:
     mlp = sparse(dense_mlp()).train()
-    check(mlp, None)
-    assert mlp.why_not_preview() == "in training mode"
-    mlp.eval()
     check(mlp, 4)
     assert mlp.why_not_preview() is None
+
+
+# Where the gate itself decides
 
 
 @pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])
@@ -244,23 +269,76 @@ def previewed(llama: Any, windows: Tensor) -> Any:
     return catsparse.sparsify(llama, calibration, 0.4, down_sparsity=0.6)
 
 
-def test_lora_falls_back_and_merges(previewed: Any) -> None:
+def lora_by_hand(mlp: Any, x: Tensor, bits: int | None) -> Tensor:
+    """A preview of gate_proj as the adapter changes it decides; None: the exact gate."""
+    weight = mlp.gate_proj.get_delta_weight("default") + mlp.gate_proj.weight
+    g = F.silu(x @ weight.t())
+    decides = g if bits is None else F.silu(x @ preview_by_hand(weight, bits).t())
+    h = g * mlp.up_proj(x)
+    kept = decides.abs() > mlp.catsparse_threshold
+    kept &= h.abs() > mlp.catsparse_product_threshold
+    return mlp.down_proj(torch.where(kept, h, mlp.catsparse_mean))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_decides_as_its_merge_will(previewed: Any, dtype: torch.dtype) -> None:
     config = peft.LoraConfig(target_modules=["gate_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(previewed).to(dtype), config).eval()
+    assert "4-bit gate preview, second" in catsparse.explain(wrapped)
+    mlp = next(iter(sparse_modules(wrapped).values()))
+    x = torch.randn(20, H, dtype=dtype)
+    if dtype is torch.float32:
+        torch.testing.assert_close(mlp(x), lora_by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # an adapter that changes, as by load_state_dict
+        mlp.gate_proj.lora_B["default"].weight.mul_(-2)
+    mlp(x)
+    before = mlp.catsparse_preview.clone(), mlp.catsparse_preview_scale.clone()
+    if dtype is torch.float32:
+        torch.testing.assert_close(mlp(x), lora_by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+    merged = next(iter(sparse_modules(wrapped.merge_and_unload()).values()))
+    merged(x)
+    assert torch.equal(merged.catsparse_preview, before[0])  # bit for bit, in bf16 too
+    assert torch.equal(merged.catsparse_preview_scale, before[1])
+    if dtype is torch.float32:
+        check(merged, 4)
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_lora_that_is_off_or_merged_in_place(previewed: Any, state: str) -> None:
+    config = peft.LoraConfig(target_modules=["gate_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(previewed), config).eval()
+    mlp, x = next(iter(sparse_modules(wrapped).values())), torch.randn(20, H)
+    on = mlp(x)
+    if state == "merged":
+        wrapped.merge_adapter()
+        torch.testing.assert_close(mlp(x), on, rtol=1e-4, atol=1e-4)
+        wrapped.unmerge_adapter()
+        torch.testing.assert_close(mlp(x), on, rtol=1e-4, atol=1e-4)
+    else:
+        with wrapped.disable_adapter():
+            expected = next(iter(sparse_modules(previewed).values()))(x)
+            torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(expected, on, atol=1e-2)
+
+
+def test_a_variant_of_lora_decides_by_the_gate(previewed: Any) -> None:
+    """DoRA's weight is no plain sum."""
+    config = peft.LoraConfig(target_modules=["gate_proj"], r=2, use_dora=True)
     wrapped = peft.get_peft_model(copy.deepcopy(previewed), config).eval()
     words = catsparse.explain(wrapped)
     assert "4-bit gate preview (not in use: gate_proj is peft's Linear; the exact gate" in words
-    tiny.logits(wrapped)
-    mlp = next(iter(sparse_modules(wrapped).values()))
-    x = torch.randn(20, H)
-    weight = mlp.gate_proj.get_delta_weight("default") + mlp.gate_proj.weight
-    g = F.silu(x @ weight.t())
+    mlp, x = next(iter(sparse_modules(wrapped).values())), torch.randn(20, H)
+    assert mlp.why_not_preview() == "gate_proj is peft's Linear"
+    torch.testing.assert_close(mlp(x), lora_free_by_hand(mlp, x), rtol=1e-4, atol=1e-4)
+
+
+def lora_free_by_hand(mlp: Any, x: Tensor) -> Tensor:
+    """DoRA begins as the identity."""
+    g = F.silu(x @ mlp.gate_proj.weight.t())
     h = g * mlp.up_proj(x)
-    kept = (g.abs() > mlp.catsparse_threshold) & (h.abs() > mlp.catsparse_product_threshold)
-    expected = mlp.down_proj(torch.where(kept, h, mlp.catsparse_mean))
-    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
-    merged = wrapped.merge_and_unload()
-    assert "not in use" not in catsparse.explain(merged)
-    check(next(iter(sparse_modules(merged).values())), 4)
+    kept = g.abs() > mlp.catsparse_threshold
+    kept &= h.abs() > mlp.catsparse_product_threshold
+    return mlp.down_proj(torch.where(kept, h, mlp.catsparse_mean))
 
 
 def test_explain_says_what_decides(previewed: Any) -> None:
@@ -480,13 +558,13 @@ def test_preview_of_the_gate_does_not_watch_up() -> None:
 # Where the product itself decides
 
 
-def test_training_decides_by_the_product() -> None:
+def test_training_decides_by_the_product_that_the_preview_foretells() -> None:
     mlp, x = sparse_of_products(dense_mlp()), torch.randn(40, H)
     for few in (x, x[:3]):
         y = mlp(few)
         assert y.requires_grad
-        torch.testing.assert_close(y, product_by_hand(mlp, few, None), rtol=1e-4, atol=1e-4)
-    gate, up, _ = weights(mlp)
+        torch.testing.assert_close(y, product_by_hand(mlp, few, 4), rtol=1e-4, atol=1e-4)
+    gate, up = (preview_by_hand(w, 4) for w in weights(mlp)[:2])
     kept = (F.silu(x @ gate.t()) * (x @ up.t())).abs() > mlp.catsparse_threshold
     never = ~kept.any(0)
     never[0] = True
@@ -499,15 +577,9 @@ def test_training_decides_by_the_product() -> None:
 
 def test_module_in_train_mode_decides_by_the_product() -> None:
     mlp = sparse_of_products(dense_mlp()).train()
-    check_products_without_masks(mlp)
+    check_products(mlp, 4)
     mlp.eval()
     check_products(mlp, 4)
-
-
-def check_products_without_masks(mlp: SparseMLP) -> None:
-    for tokens in (1, 5, MAX_OP_TOKENS + 9):
-        x = torch.randn(tokens, H)
-        torch.testing.assert_close(mlp(x), product_by_hand(mlp, x, None), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("child", ["gate_proj", "up_proj", "down_proj"])

@@ -485,13 +485,17 @@ def test_explain_says_that_the_product_decides(llama: Any, windows: Any) -> None
         assert "compensated, 4-bit product preview; decode by" in line
         if "kernel" in line:
             assert "kept rows of gate, up and down" in line
-    llama.train()
-    for line in explain(llama).split("\n"):
-        assert "product preview (not in use: in training mode; the exact product decides)" in line
-        if "kernel" in line:
-            assert line.endswith("reading kept rows of down")
+    llama.train()  # which decides as inference will
+    assert "not in use" not in explain(llama)
+    llama.eval()
+    for mlp in sparse_modules(llama).values():
+        handle = mlp.gate_proj.register_forward_hook(lambda *_: None)
+    assert "product preview (not in use: gate_proj is hooked; the exact product decides)" in (
+        explain(llama)
+    )
+    handle.remove()
     for mlp in sparse_modules(llama).values():
         mlp.set_backend(mlp.catsparse_backend, down_copy=False)
     for line in explain(llama).split("\n"):
         if "kernel" in line:
-            assert line.endswith("reading gate and up, all of down (no copy)")
+            assert line.endswith("reading kept rows of gate and up, all of down (no copy)")

@@ -12,6 +12,7 @@ import lzma
 import random
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -111,6 +112,41 @@ def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
+def read_rows(source: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row of a table or dataset with all its columns, and where it stands.
+
+    Args:
+        source: ``.jsonl`` (also ``.xz``, ``.gz``), ``.parquet``, or the name of a Hugging Face
+            dataset.
+
+    Raises:
+        CatsparseError: the source cannot be read, or a row is no object.
+    """
+    path, name = Path(source), str(source)
+    suffixes = [s for s in path.suffixes if s not in (".xz", ".gz")]
+    if not _exists(path) and suffixes[-1:] not in ([s] for s in _TABLE_SUFFIXES):
+        rows: Iterable[tuple[object, str]] = _dataset_rows(name)
+    elif not path.is_file():
+        raise CatsparseError(f"there is no file {source}; check the path")
+    elif suffixes[-1:] == [".parquet"]:
+        rows = _parquet_rows(path, None)
+    else:
+        rows = _json_rows(path)
+    for row, where in rows:
+        if not isinstance(row, dict):
+            raise CatsparseError(f"{where} is no JSON object with columns")
+        yield row, where
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether ``source`` has rows with columns, by its name: a table's, or a dataset's."""
+    path = Path(source)
+    suffixes = [s for s in path.suffixes if s not in (".xz", ".gz")]
+    return suffixes[-1:] in ([s] for s in _TABLE_SUFFIXES) or not (
+        _exists(path) or path.suffix in _TEXT_SUFFIXES
+    )
+
+
 def _documents(source: str, column: str) -> Iterator[str]:
     path = Path(source)
     if not _exists(path):
@@ -122,16 +158,15 @@ def _documents(source: str, column: str) -> Iterator[str]:
         raise CatsparseError(f"{source} is a folder; name one file of it")
     suffixes = [s for s in path.suffixes if s not in (".xz", ".gz")]
     kind = suffixes[-1] if suffixes else ".txt"
-    try:
-        if kind == ".parquet":
-            yield from _parquet(path, column)
-            return
-        with _open(path) as file:
-            yield from _jsonl(file, source, column) if kind == ".jsonl" else _plain(file)
-    except UnicodeDecodeError as error:
-        raise CatsparseError(f"{source} is not UTF-8 text; convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise CatsparseError(f"cannot read {source}: {shorten(error, 200)}") from error
+    if kind == ".parquet":
+        for row, where in _parquet_rows(path, column):
+            yield _cell(row, column, where)
+    elif kind == ".jsonl":
+        for value, where in _json_rows(path):
+            yield _cell(value, column, where)
+    else:
+        with _opened(path) as file:
+            yield from _plain(file)
 
 
 def _exists(path: Path) -> bool:
@@ -139,6 +174,18 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # longer than a file system takes, or with a null byte
         return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """Says so in one sentence where reading fails inside the ``with`` block."""
+    try:
+        with _open(path) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise CatsparseError(f"{path} is not UTF-8 text; convert it first") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise CatsparseError(f"cannot read {path}: {shorten(error, 200)}") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -162,18 +209,21 @@ def _plain(file: IO[str]) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _jsonl(file: IO[str], source: str, column: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CatsparseError(f"{source}, line {number}: not JSON") from error
-        yield _cell(row, column, f"{source}, line {number}")
+def _json_rows(path: Path) -> Iterator[tuple[object, str]]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CatsparseError(f"{where}: not JSON") from error
+            yield row, where
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """With one column, or all if that is None."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -181,16 +231,21 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise CatsparseError("reading .parquet needs pip install 'catsparse[data]'") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
+        if column is not None and column not in file.schema_arrow.names:
             _cell(dict.fromkeys(file.schema_arrow.names), column, str(path))
-        for batch in file.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _cell({column: value}, column, str(path))
-    except pyarrow.ArrowException as error:
+        for batch in file.iter_batches(columns=None if column is None else [column]):
+            for row in batch.to_pylist():
+                yield row, str(path)
+    except (OSError, pyarrow.ArrowException) as error:
         raise CatsparseError(f"cannot read {path}: {shorten(error)}") from error
 
 
 def _dataset(name: str, column: str) -> Iterator[str]:
+    for row, where in _dataset_rows(name):
+        yield _cell(row, column, where)
+
+
+def _dataset_rows(name: str) -> Iterator[tuple[object, str]]:
     try:
         import datasets
     except ImportError as error:
@@ -200,15 +255,26 @@ def _dataset(name: str, column: str) -> Iterator[str]:
         ) from error
     repository, _, config = name.partition(":")
     try:
-        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        for row in rows:
-            yield _cell(row, column, name)
-    except CatsparseError:
-        raise
-    except Exception as error:  # datasets raises many kinds: network, parsing, unknown names
-        raise CatsparseError(
-            f"there is no file or dataset {shorten(name)} to be read ({shorten(error, 200)})"
-        ) from error
+        rows = iter(
+            datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        )
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _unreadable(name, error) from error
+        yield row, name
+
+
+def _unreadable(name: str, error: Exception) -> CatsparseError:
+    """datasets raises many kinds: network, parsing, unknown names."""
+    return CatsparseError(
+        f"there is no file or dataset {shorten(name)} to be read ({shorten(error, 200)})"
+    )
 
 
 def _cell(row: object, column: str, where: str) -> str:

@@ -11,24 +11,33 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, device, float32, nn
+from torch import device, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from .adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    attach_adapter,
+    fold_adapters,
+    has_adapters,
+    write_adapter,
+)
 from .calibration import Calibration
-from .config import CALIBRATION_NAME, CONFIG_NAME, InputConfig, SiteConfig, SparsityConfig
+from .card import model_card
+from .config import CALIBRATION_NAME, CONFIG_NAME, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import default_mode
 from .methods import SiteThreshold
 from .strict_json import first_sentence, shorten
-from .surgery import apply_thresholds, densify, sparse_layers, state_of
+from .surgery import apply_thresholds, densify, sparse_layers, state_of, state_owner
+from .thresholds_file import read_threshold
 
 DEFAULT_MODEL = "default"
 _BUNDLED = Path(__file__).parent / "models" / "default"
@@ -39,22 +48,27 @@ QUANT_METHOD = "cats"
 def save(model: Any, directory: str | Path, merge: bool = False) -> None:
     """Write the sparse model's artifact.
 
+    A PEFT adapter on the model is written beside, as PEFT writes it.
+
     Args:
-        model: a model made sparse by :func:`catsparse.sparsify` or :func:`load`.
+        model: a model made sparse by :func:`catsparse.sparsify` or :func:`load`, or a PEFT model
+            around one.
         directory: created if need be; each file appears whole or not at all.
         merge: also write the weights, so that after ``import catsparse``
             ``AutoModelForCausalLM.from_pretrained(directory)`` restores the sparse model.
 
     Raises:
-        CatsparseError: the model is dense, holds unmerged adapters, or has no base to refer to.
+        CatsparseError: the model is dense, has no base to refer to, or holds adapters that with
+            ``merge`` would have to be merged before, or of which there are several.
     """
     save_files(model, Path(directory), merge)
 
 
 def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: Any) -> None:
     """:func:`save`; the keywords go to ``save_pretrained`` (a shard size, say)."""
-    state = state_of(model)
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    state, model = state_of(model), state_owner(model)
+    adapted = has_adapters(model)
+    if merge and adapted:
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
         )
@@ -76,18 +90,21 @@ def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: 
         staging = Path(name)
         if merge:
             _write_weights(model, staging, **save_pretrained_kwargs)
+        if adapted:
+            assert config.base_model is not None  # else it would have to be merged
+            write_adapter(model, staging, config.base_model.name_or_path)
         save_file(tensors, staging / CALIBRATION_NAME, metadata)
-        (staging / "README.md").write_text(_card(config, merge), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(config, merge, adapted), encoding="utf-8")
         (staging / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
         written = {path.name for path in staging.iterdir()}
         # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
         for file in sorted(written, key=_replacing_order):
             (staging / file).chmod(default_mode())
             os.replace(staging / file, target / file)
-    if merge:
-        for stale in target.glob("model*.safetensors*"):
-            if stale.name not in written:
-                stale.unlink()
+    old = [target / ADAPTER_CONFIG, target / ADAPTER_WEIGHTS]
+    for stale in [*old, *(target.glob("model*.safetensors*") if merge else [])]:
+        if stale.name not in written:
+            stale.unlink(missing_ok=True)
 
 
 def _replacing_order(file: str) -> tuple[bool, bool, bool, str]:
@@ -95,13 +112,18 @@ def _replacing_order(file: str) -> tuple[bool, bool, bool, str]:
 
 
 def load(
-    directory: str | Path, base_model: str | None = None, **from_pretrained_kwargs: Any
+    directory: str | Path,
+    base_model: str | None = None,
+    merge_adapter: bool = False,
+    **from_pretrained_kwargs: Any,
 ) -> Any:
     """Load a sparse model from an artifact directory or a Hub repository of that form.
 
     Args:
         directory: written by :func:`save`, merged or not.
         base_model: take the weights from here instead of the recorded base model.
+        merge_adapter: fold the PEFT adapter that a fine-tuned model's directory holds into the
+            weights, so that kernels can read them; else its layers stay, frozen.
         **from_pretrained_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -126,7 +148,24 @@ def load(
         )
     if sparse_layers(model):  # the given base was itself a merged directory
         densify(model)
-    return apply_thresholds(model, config, thresholds, calibration)
+    apply_thresholds(model, config, thresholds, calibration)
+    if (adapter := _find(str(directory), ADAPTER_CONFIG)) is not None:
+        weights = _find(str(directory), ADAPTER_WEIGHTS)
+        if weights is None:
+            raise CatsparseError(f"{directory} holds no {ADAPTER_WEIGHTS}; save it again")
+        attach_adapter(model, adapter, weights)
+        if merge_adapter:
+            fold_adapters(model)
+            _forget_base(model)
+    return model
+
+
+def _forget_base(model: Any) -> None:
+    """The weights are no longer those of the base that an artifact could refer to."""
+    state = state_of(model)
+    if state.config.base_model is not None:
+        base = replace(state.config.base_model, name_or_path="")
+        model.catsparse = replace(state, config=replace(state.config, base_model=base))
 
 
 def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
@@ -220,7 +259,7 @@ def read_artifact(
         with safe_open(tensor_path, framework="pt") as file:
             names = set(file.keys())
             thresholds = {
-                name: _read_threshold(config, name, names, file.get_tensor)
+                name: read_threshold(config, name, names, file.get_tensor)
                 for name in (*config.sites, *config.inputs)
             }
             metadata = file.metadata() or {}
@@ -266,45 +305,6 @@ def _other_statistics(name: str) -> CatsparseError:
     )
 
 
-def _read_threshold(
-    config: SparsityConfig, name: str, names: set[str], get: Callable[[str], Tensor]
-) -> SiteThreshold:
-    site = config.sites.get(name) or config.inputs[name]
-    neurons = site.in_features if isinstance(site, InputConfig) else site.intermediate_size
-    threshold = _read_vector(f"{name}.threshold", names, get, [(), (neurons,)])
-    mean = None
-    if config.compensates(name):
-        mean = _read_vector(f"{name}.mean", names, get, [(neurons,)])
-    if threshold.dim() == 0 and float(threshold) != site.threshold:
-        raise CatsparseError(
-            f"the threshold of {name} is {site.threshold} in {CONFIG_NAME} but {float(threshold)} "
-            f"in {CALIBRATION_NAME}; save it again"
-        )
-    if isinstance(site, InputConfig):
-        return SiteThreshold(threshold, mean, site.threshold, site.sparsity)
-    product = None
-    if site.product_threshold is not None:
-        product = _read_vector(f"{name}.product_threshold", names, get, [(), (neurons,)])
-    scalars = site.product_threshold, site.down_sparsity
-    return SiteThreshold(threshold, mean, site.threshold, site.sparsity, product, *scalars)
-
-
-def _read_vector(
-    key: str, names: set[str], get: Callable[[str], Tensor], shapes: list[tuple[int, ...]]
-) -> Tensor:
-    if key not in names:
-        raise CatsparseError(f"{CALIBRATION_NAME} lacks {key[:120]}; save it again")
-    value = get(key)
-    if value.dtype != float32 or tuple(value.shape) not in shapes:
-        raise CatsparseError(
-            f"{key} in {CALIBRATION_NAME} is {value.dtype} {list(value.shape)}, not float32 of the "
-            "site's size; save it again"
-        )
-    if not bool(value.isfinite().all()):
-        raise CatsparseError(f"{key} in {CALIBRATION_NAME} is not finite; save it again")
-    return value
-
-
 def _find(directory: str, name: str, revision: str | None = None) -> Path | None:
     """The local path of an artifact's file, fetched from the Hub if ``directory`` is a repo id."""
     if Path(directory).is_dir():
@@ -326,8 +326,8 @@ def _portable_base(config: SparsityConfig, merge: bool) -> Any:
     name = base.name_or_path if base else ""
     if not name and not merge:
         raise CatsparseError(
-            "the model was not loaded from a name or path, so an adapter directory cannot refer to "
-            "it; save it with merge=True"
+            "the model's weights are not those of a name or path, so an adapter directory cannot "
+            "refer to them; save it with merge=True"
         )
     if base is None:
         return None
@@ -367,28 +367,3 @@ def _digest(config: SparsityConfig) -> str:
     if config.inputs:
         parts.append({name: asdict(part) for name, part in config.inputs.items()})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _card(config: SparsityConfig, merge: bool) -> str:
-    base = config.base_model.name_or_path if config.base_model else "a model of yours"
-    code = "import catsparse\n\n"
-    if merge:
-        code += (
-            "from transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        )
-    else:
-        code += 'model = catsparse.load("path/to/this/folder")\n'
-    note = (
-        "\nWithout `import catsparse`, transformers warns of an unknown quantization type and "
-        "loads the dense model.\n"
-        if merge
-        else ""
-    )
-    return (
-        f"# {base}, {config.sparsity:.0%} activation-sparse\n\n"
-        f"Made with [catsparse](https://pypi.org/project/catsparse/) {config.catsparse_version}: "
-        f"method {config.described}, "
-        f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped in decode.\n\n"
-        f"```python\n{code}```\n{note}"
-    )

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from .derived import Derived
 from .kernels import (
     ACTIVATIONS,
     MAX_OP_TOKENS,
     Backend,
-    Choice,
     gated_mlp,
     gated_mlp_reference,
     keep_mask,
@@ -27,7 +27,7 @@ from .kernels import (
     preview_of,
 )
 from .sites import Site
-from .weights import Children, Key, device_of, may_copy
+from .weights import device_of, may_copy
 
 # Names that make a sparse class: gate, up, kind of activation, its child, down.
 Parts = tuple[str, str | None, str, str | None, str]
@@ -50,7 +50,14 @@ class KeepCounter(Protocol):
     def __call__(self, keep: Tensor, kept: Tensor) -> None: ...
 
 
-class SparseMLP(Children):
+class Observer(Protocol):
+    """What calibration of a sparse model hangs on a module: called with the module's input
+    ``[..., H]``, and the gate's (before the activation) and up's output ``[..., I]``."""
+
+    def __call__(self, x: Tensor, gate: Tensor, up: Tensor) -> None: ...
+
+
+class SparseMLP(Derived):
     """Mixin put before the dense class; see :func:`add_sparsity`.
 
     Few tokens (decode, at most ``MAX_OP_TOKENS``) run ``catsparse::gated_mlp`` on the raw weights,
@@ -65,29 +72,19 @@ class SparseMLP(Children):
 
     With ``catsparse_preview_bits`` a preview of w_gate decides or, with ``catsparse_of_products``,
     one of w_gate and w_up: on the product. It is made from the weights when it is needed first and
-    again when they changed. In training (gradients enabled, or the module in training mode), and
-    where the weights cannot be read, the gate or the product itself decides, at the same threshold.
+    again when they changed, with gradients enabled in every forward; of LoRA layers it is that of
+    the merged weights. So training decides as inference will. Where the weights cannot be read,
+    and in compiled training, the gate or the product itself decides, at the same threshold.
     """
 
     dense_class: ClassVar[type[nn.Module]]
 
     catsparse_threshold: Tensor
-    catsparse_mean: Tensor | None
-    catsparse_bias: Tensor | None
     catsparse_product_threshold: Tensor | None
-    catsparse_preview: Tensor | None
-    catsparse_preview_scale: Tensor | None
-    catsparse_preview_bits: int | None
-    catsparse_of_products: bool
     catsparse_prefill: str
     catsparse_enabled: bool
     catsparse_counter: KeepCounter | None
-    catsparse_backend: Backend
-    catsparse_down_copy: bool
-    # What follows from the weights and is made anew when they change.
-    _catsparse_key: Key | None
-    _catsparse_choice: Choice | None
-    _catsparse_down_t: Tensor | None
+    catsparse_observer: Observer | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]``, dropping neurons whose |gate| is at most the threshold."""
@@ -105,7 +102,7 @@ class SparseMLP(Children):
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
         threshold, product = self.catsparse_threshold, self.catsparse_product_threshold
-        preview, scale = self._preview_in_use()
+        preview, scale = self.catsparse_preview, self.catsparse_preview_scale
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
             op = partial(gated_mlp, backend=self.catsparse_backend.value)
@@ -138,25 +135,11 @@ class SparseMLP(Children):
         choice = self._catsparse_choice
         return choice is None or not choice.kernel_tokens < tokens <= choice.op_tokens
 
-    def prepare_decode(self) -> None:
-        """Make what few-token calls need of the weights, before a forward that cannot."""
-        if self.why_not_raw() is None and self._is_ready():
-            choice = self._catsparse_choice
-            if choice is not None and choice.op_tokens and self.catsparse_down_copy:
-                self.down_transposed()
-
-    def down_transposed(self) -> Tensor:
-        """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once."""
-        down_t = self._catsparse_down_t  # read once: other threads may be decoding
-        if down_t is None:
-            weight: Tensor = getattr(self, self.site_down).weight
-            down_t = self._catsparse_down_t = weight.detach().t().contiguous()
-        return down_t
-
     def _op_applies(self, x: Tensor) -> bool:
         """Inference in one dtype that nobody is watching; a meter needs the mask."""
         return (
             self.catsparse_counter is None
+            and self.catsparse_observer is None
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -172,6 +155,8 @@ class SparseMLP(Children):
         child = self.site_act_child
         act = getattr(self, child) if child else ACTIVATIONS[self.site_act]
         g = act(gate)
+        if self.catsparse_observer is not None:
+            self.catsparse_observer(x, gate, up)
         decides = self._foretold(x, act)
         if decides is None and self.catsparse_of_products:
             decides = (g * up).detach()
@@ -186,62 +171,14 @@ class SparseMLP(Children):
 
     def _foretold(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor | None:
         """What the preview foretells, ``[..., I]``; None if the exact weights decide."""
-        if torch.is_grad_enabled() or self.why_not_preview() is not None:
+        if self.why_not_preview() is not None:
             return None
-        self._is_ready()
-        preview, scale = self._preview_in_use()
-        if preview is None or scale is None:
-            return None
-        neurons = preview.shape[0] // 2 if self.catsparse_of_products else preview.shape[0]
-        return preview_of(x, preview, scale, neurons, act)
-
-    def _preview_in_use(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.training:
-            return None, None
-        return self.catsparse_preview, self.catsparse_preview_scale
-
-    def why_not_preview(self) -> str | None:
-        """Why the exact weights decide in inference; None if a preview does."""
-        if self.catsparse_preview_bits is None:
-            return "there is no preview"
-        return "in training mode" if self.training else self.why_not_raw()
-
-    def _is_ready(self) -> bool:
-        """Whether what follows from the weights is there; makes it again after a merge or a step.
-
-        A compiled forward can only look: it masks between the children if the bias is missing.
-        """
-        if not torch.compiler.is_compiling() and self._catsparse_key != self._key():
-            self.refresh()
-        return self.catsparse_mean is None or self.catsparse_bias is not None
-
-    def _key(self) -> Key:
-        return self.weights_key(self.catsparse_preview_bits is not None, self.catsparse_of_products)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Choose the backend, compute the compensation's bias, w_down @ mean; make the preview."""
-        if self.why_not_raw() is not None:
-            self._forget()
-            return
-        key, old = self._key(), self._catsparse_key
-        choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
-        bias = None
-        if self.catsparse_mean is not None:
-            bias = self.make_bias(self.catsparse_mean)
-        preview, scale = self.catsparse_preview, self.catsparse_preview_scale
-        bits = self.catsparse_preview_bits
-        if bits is not None and (old is None or old[1:] != key[1:]):
-            preview, scale = self.make_preview(bits, self.catsparse_of_products)
-        # The key last, and nothing None in between: other threads may be decoding.
-        self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
-        self.catsparse_preview, self.catsparse_preview_scale = preview, scale
-        self._catsparse_key = key
-
-    def set_backend(self, backend: Backend, down_copy: bool) -> None:
-        """Choose how few-token calls run; see :func:`catsparse.set_backend`."""
-        self.catsparse_backend, self.catsparse_down_copy = backend, down_copy
-        self.refresh()
+        preview, scale = self.fresh_preview()
+        with torch.no_grad():
+            if preview is None or scale is None:
+                return None
+            neurons = preview.shape[0] // 2 if self.catsparse_of_products else preview.shape[0]
+            return preview_of(x, preview, scale, neurons, act)
 
     def set_threshold(
         self, threshold: Tensor, mean: Tensor | None, product_threshold: Tensor | None = None
@@ -256,32 +193,6 @@ class SparseMLP(Children):
         self.refresh()
         if key is not None and key == self._catsparse_key:  # the copy is of these very weights
             self._catsparse_down_t = down_t
-
-    def train(self, mode: bool = True) -> SparseMLP:
-        stepped = self.training and not mode
-        super().train(mode)
-        if stepped:
-            self._forget()
-        if not mode and self.why_not_raw() is None:
-            self._is_ready()  # here, as a compiled forward cannot notice changed weights
-        return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in (self.site_down, self.site_gate, self.site_up):
-            # A LoRA merge writes through .data, unseen by the version counter, but always swaps
-            # the child out and in.
-            self._forget()
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
-
-    def _forget(self) -> None:
-        """The weights may change: make what follows from them again before it is used."""
-        self._catsparse_key, self.catsparse_bias = None, None
-        self._catsparse_choice, self._catsparse_down_t = None, None
-        self.catsparse_preview, self.catsparse_preview_scale = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
         exact = {name: self._buffers.get(name) for name in _BUFFERS}
@@ -335,7 +246,7 @@ def add_sparsity(
     module.catsparse_preview_bits, module.catsparse_of_products = preview, of_products
     module.catsparse_prefill = prefill
     module.catsparse_enabled = True
-    module.catsparse_counter = None
+    module.catsparse_counter, module.catsparse_observer = None, None
     module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
     module._catsparse_key = None
     _rebind_hooked_forward(module)

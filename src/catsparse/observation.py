@@ -112,7 +112,7 @@ def calibrate(
     )
     previews = make_previews(model, sites, preview)
     shared = [site for site in find_inputs(model, sites) if inputs in _of(site)] if inputs else []
-    run = _Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview, shared)
+    run = Run(model, sites, Path(checkpoint) if checkpoint else None, provenance, preview, shared)
 
     def read(label: str) -> None:
         console = Console(stderr=True)
@@ -139,7 +139,7 @@ def _of(site: InputSite) -> tuple[str, str]:
     return ("mlp" if site.of_mlp else "attention"), "all"
 
 
-class _Run:
+class Run:
     """One calibration under way: statistics, the tokens hashed so far, and its checkpoint."""
 
     def __init__(

@@ -20,7 +20,7 @@ from .config import CALIBRATION_NAME, CONFIG_NAME, SparsityConfig
 from .errors import CatsparseError
 from .files import write_atomic
 
-_INK, _MUTED, _FILL, _MARK = "#1f2430", "#8a90a0", "#9db4d6", "#c4472d"
+INK, MUTED, _FILL, MARK = "#1f2430", "#8a90a0", "#9db4d6", "#c4472d"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def plot_directory(
         "histograms": histogram_figure(config, [sites[index] for index in layers]),
         "sparsity": sparsity_figure(config, sites),
     }
-    return _save(figures, Path(output))
+    return save_figures(figures, Path(output))
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
@@ -107,12 +107,12 @@ def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]
     """
     name = "latency" if rows[0]["what"] == "op" else "rate"
     figures = {"speed": speed_figure(rows), name: measured_figure(rows)}
-    return _save(figures, Path(output))
+    return save_figures(figures, Path(output))
 
 
 def plot_compare(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
     """Draw ``compare``, the rows of one comparison, in PNG and SVG into ``output``."""
-    return _save({"compare": compare_figure(rows)}, Path(output))
+    return save_figures({"compare": compare_figure(rows)}, Path(output))
 
 
 def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
@@ -123,7 +123,7 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
         rows: as ``catsparse compare --json`` prints them.
     """
     texts = list(dict.fromkeys(row["heldout"] for row in rows))
-    figure = _new_figure(width=4.2 * len(texts) + 1.6, height=3.4)
+    figure = new_figure(width=4.2 * len(texts) + 1.6, height=3.4)
     axes = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     lines: dict[tuple[str, bool, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -154,7 +154,7 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
         # From a percent to a doubling in one view; what does not rise, too.
         axis.set_yscale("symlog", linthresh=0.01)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        _plain(axis)
+        plain_axis(axis)
     axes[0].set_ylabel("rise of perplexity")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
@@ -173,16 +173,16 @@ def speed_figure(rows: Sequence[dict[str, Any]]) -> Any:
     """
     figure, panels = _panels(rows, "speedup over the best dense", sharey=True)
     for axis, chosen in panels:
-        axis.axhline(1.0, color=_MUTED, linewidth=0.8)
+        axis.axhline(1.0, color=MUTED, linewidth=0.8)
         own = _line(chosen, "catsparse")
         bound = [own[0]["limit"] / row["limit"] for row in own]
         if rows[0]["what"] == "decode":
             bound = [1 / value for value in bound]
         shares = [row["sparsity"] for row in own]
-        axis.plot(shares, bound, "--", color=_MUTED, linewidth=1.2, label="bytes allow")
+        axis.plot(shares, bound, "--", color=MUTED, linewidth=1.2, label="bytes allow")
         for impl in dict.fromkeys(row["impl"] for row in chosen):
             line = [(row["sparsity"], row["vs_dense"]) for row in _line(chosen, impl)]
-            style = {"catsparse": (_MARK, "o-"), "dense": (_INK, "s")}.get(impl, (None, "^-"))
+            style = {"catsparse": (MARK, "o-"), "dense": (INK, "s")}.get(impl, (None, "^-"))
             axis.plot(*zip(*line, strict=True), style[1], color=style[0], markersize=4, label=impl)
     panels[0][0].legend(frameon=False, fontsize=8)
     return figure
@@ -197,15 +197,15 @@ def measured_figure(rows: Sequence[dict[str, Any]]) -> Any:
         own = _line(chosen, "catsparse")
         shares = [row["sparsity"] for row in own]
         limits = [row["limit"] for row in own]
-        axis.plot(shares, limits, "--", color=_MUTED, linewidth=1.2, label="byte limit")
+        axis.plot(shares, limits, "--", color=MUTED, linewidth=1.2, label="byte limit")
         for impl in dict.fromkeys(row["impl"] for row in chosen):
             line = _line(chosen, impl)
             if impl in _DENSE:
                 style = _DENSE[impl]
-                axis.axhline(line[0]["p50"], linestyle=style, color=_INK, linewidth=1, label=impl)
+                axis.axhline(line[0]["p50"], linestyle=style, color=INK, linewidth=1, label=impl)
                 continue
             points = [(row["sparsity"], row["p50"]) for row in line]
-            color, marks = (_MARK, "o-") if impl == "catsparse" else (None, "^-")
+            color, marks = (MARK, "o-") if impl == "catsparse" else (None, "^-")
             axis.plot(*zip(*points, strict=True), marks, color=color, markersize=4, label=impl)
         axis.set_ylim(bottom=0)
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -221,7 +221,7 @@ def _panels(
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = sorted({_group(row) for row in rows})
     height, width = (len(names), len(groups)) if len(groups) > 1 else (1, len(names))
-    figure = _new_figure(width=3.6 * width + 0.6, height=2.9 * height + 0.3)
+    figure = new_figure(width=3.6 * width + 0.6, height=2.9 * height + 0.3)
     axes = figure.subplots(height, width, squeeze=False, sharey=sharey)
     axes = axes.reshape(len(names), len(groups))
     panels = []
@@ -241,10 +241,10 @@ def _panels(
             if context:
                 title += f", context {context}"
             axis.set_title(title, loc="left", fontsize=8.5)
-            _plain(axis)
+            plain_axis(axis)
             panels.append((axis, chosen))
     title = f"{rows[0]['what']} on {rows[0]['device']}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     return figure, panels
 
 
@@ -256,10 +256,13 @@ def _line(rows: Sequence[dict[str, Any]], impl: str) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["impl"] == impl), key=lambda row: row["sparsity"])
 
 
-def _save(figures: dict[str, Any], output: Path) -> list[Path]:
+def save_figures(
+    figures: dict[str, Any], output: Path, suffixes: Sequence[str] = ("png", "svg")
+) -> list[Path]:
+    """Write each figure under its name."""
     paths = []
     for name, figure in figures.items():
-        for suffix in ("png", "svg"):
+        for suffix in suffixes:
             path = output / f"{name}.{suffix}"
             write_atomic(path, lambda p, f=figure, s=suffix: f.savefig(p, format=s, dpi=150))  # type: ignore[misc]
             paths.append(path)
@@ -268,7 +271,7 @@ def _save(figures: dict[str, Any], output: Path) -> list[Path]:
 
 def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
     """Histogram of |act(gate)| for each layer with its threshold (the paper's figure 2)."""
-    figure = _new_figure(width=3.4 * len(layers) + 0.4, height=2.9)
+    figure = new_figure(width=3.4 * len(layers) + 0.4, height=2.9)
     axes = figure.subplots(1, len(layers), squeeze=False)[0]
     for axis, layer in zip(axes, layers, strict=True):
         upper = _bin_edges()
@@ -279,10 +282,10 @@ def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
         shares = np.diff(np.interp(edges, upper, share_below, left=0.0))
         axis.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=_FILL, linewidth=0)
         middle = float(np.median(layer.thresholds))
-        axis.axvline(middle, color=_MARK, linewidth=1.4)
+        axis.axvline(middle, color=MARK, linewidth=1.4)
         if len(layer.thresholds) > 1:
             low, high = np.quantile(layer.thresholds, [0.1, 0.9])
-            axis.axvspan(float(low), float(high), color=_MARK, alpha=0.12, linewidth=0)
+            axis.axvspan(float(low), float(high), color=MARK, alpha=0.12, linewidth=0)
             note = f"median t = {middle:.3g}\n10-90% of neurons shaded"
         else:
             note = f"t = {middle:.3g}"
@@ -292,43 +295,43 @@ def histogram_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
             xytext=(5, -4),
             textcoords="offset points",
             va="top",
-            color=_MARK,
+            color=MARK,
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
         axis.set_title(f"{layer.name}: {layer.sparsity:.0%} dropped", loc="left", fontsize=8.5)
         axis.set_xlabel("|act(gate)|")
-        _plain(axis)
+        plain_axis(axis)
     axes[0].set_ylabel("share of activations")
-    figure.suptitle(_heading(config), x=0.01, ha="left", fontsize=10, color=_INK)
+    figure.suptitle(_heading(config), x=0.01, ha="left", fontsize=10, color=INK)
     return figure
 
 
 def sparsity_figure(config: SparsityConfig, layers: Sequence[Layer]) -> Any:
     """Fraction of neurons dropped at each site on the calibration tokens."""
-    figure = _new_figure(width=max(4.5, 0.22 * len(layers) + 2.5), height=2.9)
+    figure = new_figure(width=max(4.5, 0.22 * len(layers) + 2.5), height=2.9)
     axis = figure.subplots()
     axis.bar(range(len(layers)), [layer.sparsity for layer in layers], color=_FILL, width=0.8)
-    axis.axhline(config.sparsity, color=_MARK, linewidth=1.2)
+    axis.axhline(config.sparsity, color=MARK, linewidth=1.2)
     axis.annotate(
         f"asked {config.sparsity:.0%}",
         (len(layers) - 0.5, config.sparsity),
         xytext=(0, 3),
         textcoords="offset points",
         ha="right",
-        color=_MARK,
+        color=MARK,
         fontsize=8,
     )
     axis.set_ylim(0, 1)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlabel("gated MLP, in model order")
     axis.set_ylabel("neurons dropped")
-    axis.set_title(_heading(config), loc="left", fontsize=10, color=_INK)
-    _plain(axis)
+    axis.set_title(_heading(config), loc="left", fontsize=10, color=INK)
+    plain_axis(axis)
     return figure
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -349,11 +352,11 @@ def _bin_edges() -> NDArray[np.float64]:
     return ((bits << 16) | 0x8000).view(np.float32).astype(np.float64)
 
 
-def _plain(axis: Any) -> None:
+def plain_axis(axis: Any) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axis.spines[side].set_color(_MUTED)
-    axis.tick_params(colors=_MUTED, labelsize=8)
-    axis.xaxis.label.set_color(_INK)
-    axis.yaxis.label.set_color(_INK)
+        axis.spines[side].set_color(MUTED)
+    axis.tick_params(colors=MUTED, labelsize=8)
+    axis.xaxis.label.set_color(INK)
+    axis.yaxis.label.set_color(INK)

@@ -123,18 +123,8 @@ def sparsify(
         method=method,
         compensate=compensate,
         sparsity=_asked(sparsity, sites, inputs),
-        measured_sparsity=_mean(
-            [(s.sparsity, s.intermediate_size) for s in sites.values()]
-            or [(s.sparsity, s.in_features * s.out_features) for s in inputs.values()]
-        ),
         down_sparsity=down_sparsity,
-        measured_down_sparsity=_mean(
-            [
-                (s.down_sparsity, s.intermediate_size)
-                for s in sites.values()
-                if s.down_sparsity is not None
-            ]
-        ),
+        **measured(sites, inputs),
         preview=calibration.preview_of(method),
         prefill=prefill,
         inputs=inputs,
@@ -154,7 +144,7 @@ def densify(model: Any) -> Any:
         remove_sparsity(module)
     for linear in sparse_linears(model).values():
         remove_input_sparsity(linear)
-    owner = _state_owner(model)
+    owner = state_owner(model)
     if owner is not None:
         del owner.catsparse
     quantizer = getattr(model, "hf_quantizer", None)
@@ -282,7 +272,7 @@ def state_of(model: Any) -> SparseState:
     Raises:
         CatsparseError: the model is dense.
     """
-    owner = _state_owner(model)
+    owner = state_owner(model)
     if owner is None:
         raise CatsparseError("the model is not sparse; call catsparse.sparsify(model, ...) first")
     state: SparseState = owner.catsparse
@@ -349,6 +339,21 @@ def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
     }
 
 
+def measured(
+    sites: Mapping[str, SiteConfig], inputs: Mapping[str, InputConfig] | None = None
+) -> dict[str, Any]:
+    """``measured_sparsity`` and ``measured_down_sparsity`` of a config with these sites and inputs;
+    the first is of inputs where there is no site."""
+    down = [(s.down_sparsity, s.intermediate_size) for s in sites.values()]
+    shares = [(s.sparsity, s.intermediate_size) for s in sites.values()] or [
+        (s.sparsity, s.in_features * s.out_features) for s in (inputs or {}).values()
+    ]
+    return {
+        "measured_sparsity": _mean(shares),
+        "measured_down_sparsity": _mean([(s, n) for s, n in down if s is not None]),
+    }
+
+
 def _mean(weighted: list[tuple[float, int]]) -> float | None:
     """Of (share, neurons) by site; None if there are none."""
     neurons = sum(size for _, size in weighted)
@@ -370,7 +375,7 @@ def _asked(
     return _mean(weighted) or 0.0
 
 
-def _state_owner(model: Any) -> Any:
+def state_owner(model: Any) -> Any:
     """The (sub)module that carries ``catsparse``: the model itself, or inside a PEFT wrapper."""
     for module in model.modules():
         if isinstance(module.__dict__.get("catsparse"), SparseState):

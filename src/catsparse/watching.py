@@ -5,8 +5,9 @@ Nothing of the model is changed: hooks come off whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from .errors import CatsparseError
 from .inputs import InputSite
-from .kernels import dequantize, make_preview
+from .kernels import ACTIVATIONS, dequantize, make_preview
+from .modules import SparseMLP
 from .sites import Site
-from .weights import why_no_matrix, why_not_readable
+from .weights import effective_weight, why_no_matrix, why_not_plain_lora, why_not_readable
 
 # Called with a site, its gate's output (the preview's, where there is one), its up's, its down
 # projection's input, and what the preview foretells of up's output.
@@ -42,11 +44,11 @@ def make_previews(model: nn.Module, sites: Sequence[Site], bits: int | None) -> 
                 continue
             child: Any = module.get_submodule(name)
             reason = why_not_readable(name, child)
-            if reason is not None:
+            if reason is not None and why_not_plain_lora(child) is not None:
                 raise CatsparseError(
                     f"{site.name} can have no preview ({reason}); calibrate without preview"
                 )
-            weights += child.weight.split(site.intermediate_size)
+            weights += effective_weight(child).split(site.intermediate_size)
         previews[site.name] = make_preview(weights[0], bits, weights[1])
     return previews
 
@@ -60,12 +62,12 @@ def down_norm(model: nn.Module, site: Site, option: str) -> Tensor:
     """
     down: Any = model.get_submodule(site.name).get_submodule(site.down)
     reason = why_no_matrix(site.down, down)
-    if reason is not None:
+    if reason is not None and why_not_plain_lora(down) is not None:
         raise CatsparseError(
             f"the products of {site.name} cannot be scored ({reason}); calibrate without {option}"
         )
     # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
-    squares = [rows.float().square().sum(0) for rows in down.weight.split(1024)]
+    squares = [rows.float().square().sum(0) for rows in effective_weight(down).split(1024)]
     return torch.stack(squares).sum(0).sqrt()
 
 
@@ -85,6 +87,41 @@ def watch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watch_sparse(
+    modules: Mapping[str, SparseMLP], sites: Sequence[Site], previews: Previews, count: Count
+) -> Iterator[None]:
+    """:func:`watch` for sparse modules, whose down projection is given masked products: what is
+    counted is the exact product of gate and up, and the masks stay in force."""
+    try:
+        for site in sites:
+            module, preview = modules[site.name], previews.get(site.name)
+            module.catsparse_observer = partial(_observe, site, preview, count)
+        yield
+    finally:
+        for site in sites:
+            modules[site.name].catsparse_observer = None
+
+
+def _observe(
+    site: Site,
+    preview: tuple[Tensor, Tensor] | None,
+    count: Count,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+) -> None:
+    hidden = ACTIVATIONS[site.act](gate) * up
+    if preview is None:
+        count(site, gate, up, hidden, None)
+    else:
+        foretold = [
+            F.linear(x, dequantize(packed, scale, x.shape[-1], x.dtype))
+            for packed, scale in zip(*(part.chunk(2) for part in preview), strict=True)
+        ]
+        count(site, foretold[0], up, hidden, foretold[1])
 
 
 def _watch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +37,52 @@ class Children(nn.Module):
         half = gate.shape[0] // 2
         return gate[:half], gate[half:]
 
+    @torch.no_grad()
+    def effective_gate_up(self) -> tuple[Tensor, Tensor]:
+        """(w_gate, w_up), each ``[I, H]``, as :meth:`raw_gate_up` would give them were LoRA
+        adapters merged; :meth:`why_not_effective` must be None."""
+        gate = effective_weight(getattr(self, self.site_gate))
+        if self.site_up is not None:
+            return gate, effective_weight(getattr(self, self.site_up))
+        half = gate.shape[0] // 2
+        return gate[:half], gate[half:]
+
     def make_preview(self, bits: int, of_products: bool) -> tuple[Tensor, Tensor]:
-        """The preview and its scales, of w_gate or, for products, of w_gate and w_up, which must be
-        readable; see :func:`catsparse.kernels.preview.make_preview`."""
-        gate, up = self.raw_gate_up()
+        """The preview and its scales, of w_gate or, for products, of w_gate and w_up, with LoRA
+        adapters as if merged; see :func:`catsparse.kernels.preview.make_preview`."""
+        gate, up = self.effective_gate_up()
         return make_preview(gate, bits, up if of_products else None)
 
-    def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
-        """Why the children must be called instead of reading their weights; None if they can be."""
+    def why_not_effective(self) -> str | None:
+        """Why what gate and up multiply by is unknown, so that there can be no preview of it; None
+        if it is known. Unlike for :meth:`why_not_raw` it may be a sum with LoRA adapters."""
+        if (reason := self._why_act_hooked()) is not None:
+            return reason
+        for name in self._children():
+            child = getattr(self, name)
+            if why_not_plain_lora(child) is None:
+                reason = _why_hooked(name, child)
+            else:
+                reason = why_not_readable(name, child)
+            if reason is not None:
+                return reason
+        return None
+
+    def _why_act_hooked(self) -> str | None:
         act = getattr(self, self.site_act_child) if self.site_act_child else None
         if act is not None and (act._forward_hooks or act._forward_pre_hooks):
             return f"{self.site_act_child} is hooked"
-        for name in (self.site_gate, self.site_up, self.site_down):
-            if name is None:
-                continue
+        return None
+
+    def _children(self) -> list[str]:
+        names = (self.site_gate, self.site_up, self.site_down)
+        return [name for name in names if name is not None]
+
+    def why_not_raw(self, dtype: torch.dtype | None = None) -> str | None:
+        """Why the children must be called instead of reading their weights; None if they can be."""
+        if (reason := self._why_act_hooked()) is not None:
+            return reason
+        for name in self._children():
             reason = why_not_readable(name, getattr(self, name), dtype)
             if reason is not None:
                 return reason
@@ -76,9 +108,15 @@ class Children(nn.Module):
         return choice
 
     def weights_key(self, gate: bool, up: bool) -> Key:
-        """Versions of w_down, and of w_gate and w_up if asked for."""
-        wanted = (self.site_down, self.site_gate if gate else None, self.site_up if up else None)
-        return tuple(version_of(getattr(self, name).weight) for name in wanted if name is not None)
+        """Versions of w_down, and of w_gate and w_up, adapters included, if asked for."""
+        key: list[Version] = [version_of(getattr(self, self.site_down).weight)]
+        for name, wanted in ((self.site_gate, gate), (self.site_up, up)):
+            if wanted and name is not None:
+                child = getattr(self, name)
+                key.append(version_of(child.weight))
+                for adapter in _adapters(child):
+                    key += [version_of(m[adapter].weight) for m in (child.lora_A, child.lora_B)]
+        return tuple(key)
 
 
 def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = None) -> str | None:
@@ -93,11 +131,48 @@ def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = No
         return reason
     if child.bias is not None:
         return f"{name} has a bias"
-    if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
-        return f"{name} is hooked"
+    if (reason := _why_hooked(name, child)) is not None:
+        return reason
     if dtype is not None and child.weight.dtype != dtype:
         return f"{name} is {child.weight.dtype}, its input {dtype}"
     return None
+
+
+def _why_hooked(name: str, child: nn.Module) -> str | None:
+    if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+        return f"{name} is hooked"
+    return None
+
+
+def why_not_plain_lora(child: Any) -> str | None:
+    """Why ``child`` is not PEFT's LoRA on a plain linear without bias; None if it is, so that what
+    it multiplies by is a sum of matrices. PEFT itself is not imported."""
+    if not type(child).__module__.startswith("peft.tuners.lora"):
+        return "it is no LoRA layer"
+    base = getattr(child, "base_layer", None)
+    if base is None or why_not_readable("base_layer", base) is not None:
+        return "its base is no plain linear without bias"
+    if getattr(child, "lora_variant", None) or getattr(child, "fan_in_fan_out", False):
+        return "it is a variant of LoRA"
+    biased = any(b.bias is not None for b in child.lora_B.values())
+    return "its adapter has a bias" if biased else None
+
+
+def _adapters(child: Any) -> list[str]:
+    """Names of the adapters that a LoRA layer adds to its input's product."""
+    if not hasattr(child, "lora_A") or child.disable_adapters or child.merged:
+        return []
+    return [name for name in child.active_adapters if name in child.lora_A]
+
+
+@torch.no_grad()
+def effective_weight(child: Any) -> Tensor:
+    """What ``child``, a linear or a plain LoRA layer on one, multiplies by: the base's dtype, and
+    bit for bit what merging the adapters would leave there."""
+    weight: Tensor = child.weight.detach()
+    for name in _adapters(child):
+        weight = (weight + child.get_delta_weight(name)).to(weight.dtype)
+    return weight
 
 
 def why_no_matrix(name: str, child: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:

@@ -19,6 +19,7 @@ from .common import err
 from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .plot import plot
@@ -55,7 +56,8 @@ def _main(
     _debug = debug
 
 
-for command in (sparsify, evaluate, compare, generate, chat, info, plot, report, demo):
+COMMANDS = (sparsify, finetune, evaluate, compare, generate, chat, info, plot, report, demo)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(bench, name="bench")
 

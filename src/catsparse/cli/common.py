@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,18 +59,19 @@ def load_dense(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
     )
 
 
-def load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """A sparse folder or a dense model, with its tokenizer."""
+def load(name: str, device: str | None, dtype: str, merge_adapter: bool = True) -> tuple[Any, Any]:
+    """A sparse folder or a dense model, with its tokenizer; an adapter is folded in, or stays."""
     from .. import hub
 
     if not hub.is_artifact(name):
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             raise CatsparseError(f"{name} holds neither {CONFIG_NAME} nor a model's config.json")
         return load_dense(name, device, dtype)
-    return _placed(hub.load(name, **_dtype_option(dtype)), device), hub.load_tokenizer(name)
+    model = hub.load(name, merge_adapter=merge_adapter, **_dtype_option(dtype))
+    return _placed(model, device), hub.load_tokenizer(name)
 
 
-def _dtype_option(dtype: str) -> dict[str, str]:
+def _dtype_option(dtype: str) -> dict[str, Any]:
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     _quiet_transformers()
     return {"dtype": dtype}
@@ -78,12 +80,23 @@ def _dtype_option(dtype: str) -> dict[str, str]:
 def _placed(model: Any, device: str | None) -> Any:
     import torch
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK")  # of a process that accelerate launch started
+    gpu = "cuda" if local is None else f"cuda:{local}"
+    name = device or (gpu if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CatsparseError(f"cannot use the device {name}: {reason}") from error
+
+
+def processes() -> int:
+    """How many ``accelerate launch`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_options(context: typer.Context, names: tuple[str, ...], why: str) -> None:

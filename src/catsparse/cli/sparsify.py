@@ -140,7 +140,7 @@ def sparsify(
             ("data", "column", "tokens", "seq_len", "batch_size", "seed"),
             f"{model} brings its own calibration; name the dense model to calibrate again",
         )
-        sparse, tokenizer = load(model, device, dtype)
+        sparse, tokenizer = load(model, device, dtype, merge_adapter=merge)
         calibration = state_of(sparse).calibration
         if calibration is None:
             raise CatsparseError(f"{model} was saved without its calibration; name the dense model")
