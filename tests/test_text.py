@@ -176,8 +176,6 @@ def test_measured_bytes_of_method_product(llama: Any, windows: Tensor) -> None:
     previews = 2 * 48 / (3 * 32 * 4)
     found = measure(sparse, ids)
     assert found.bytes_skipped == pytest.approx(found.sparsity - previews)
-    sparse.train()  # the exact product decides: gate and up are read in full
-    exact = measure(sparse, ids)
-    assert exact.bytes_skipped == pytest.approx(exact.sparsity / 3)
     set_backend(sparse, "c", down_copy=False)
-    assert measure(sparse, ids).bytes_skipped == 0
+    found = measure(sparse, ids)
+    assert found.bytes_skipped == pytest.approx(found.sparsity * 2 / 3 - previews)
