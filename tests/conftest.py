@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -81,3 +82,12 @@ def books() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the reference model is not here: {folder}")
     return folder
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, or the greatest integer, until it is written."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

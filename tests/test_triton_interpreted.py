@@ -1,15 +1,7 @@
-"""The Triton kernels on a CPU, by Triton's interpreter, against fp64.
-
-Triton decides at its import whether it interprets, so the tests run in a process of their own.
-"""
+"""The Triton kernels on a CPU, by Triton's interpreter, against fp64."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,28 +10,16 @@ from torch import Tensor
 
 from catsparse.kernels import ACTIVATIONS, Call
 from catsparse.kernels import triton as kernels
+from interpreting import inside, outside, run_interpreted
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INFINITY = float("inf")
 # Relative, of the whole output: sums in fp32, the result rounded once.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process with TRITON_INTERPRET=1")
 
-
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@outside
 def test_in_a_process_that_interprets() -> None:
-    # -v: a wild pointer ends the process, and the last line then names the case.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-rfE", "--tb=short", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def spaced_rows(rows: int, columns: int, gap: int, scale: float, dtype: torch.dtype) -> Tensor:
@@ -122,15 +102,6 @@ class Case:
         return copy[:, : weight.shape[1]]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory is NaN, or the greatest integer, until it is written."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @inside
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
@@ -185,3 +156,13 @@ def test_a_gate_that_is_not_a_number_is_dropped() -> None:
     z = torch.tensor([[float("nan"), 1.0]])
     h = kernels.mask_triton(z, torch.ones(1, 2), torch.tensor(0.1), "relu", torch.ones(2))
     assert h.tolist() == [[0.0, 0.0]]
+
+
+@inside
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_so_is_it_where_every_number_is_kept(act: str) -> None:
+    case = Case(torch.float32, 24, 7, 24, act, 2)
+    case.gate[3, 5] = float("nan")
+    call = Call(case.x, case.gate, case.up, case.down, torch.tensor(-1.0), act, case.mean)
+    h = torch.where(case.g.new_tensor(range(7)) == 3, 0.0, case.h - case.mean.double())
+    torch.testing.assert_close(kernels.gated_mlp_triton(call).double(), h @ case.down.double())

@@ -33,7 +33,7 @@ def _activation(z, ACT: tl.constexpr):
         g = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     else:
         tl.static_assert(ACT == "relu")
-        g = tl.maximum(z, 0.0)
+        g = tl.where(z < 0.0, 0.0, z)  # not maximum, which hides NaN
     return g
 
 
