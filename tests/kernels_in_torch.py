@@ -116,7 +116,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "Scratch", SimpleNamespace(make=lambda *_: scratch))
     for name in ("why_not_cuda", "why_not_linear", "why_not_sizes", "why_not_sparse_linear"):
         monkeypatch.setattr(structure, name, lambda *_: None)
-    monkeypatch.setattr(fused, "why_not_sizes", lambda *_: None)
 
     def choose(module: SparseMLP | SparseLinear, *_: Any) -> Choice:
         dtype = next(module.parameters()).dtype

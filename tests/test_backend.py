@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, explain, set_backend, weights
 from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
-from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice
+from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice, Decisions
 from catsparse.kernels.build import Library
+from catsparse.kernels.preview import PreviewKind
 from catsparse.modules import sparse_modules
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -128,8 +130,85 @@ def test_sizes_that_the_cuda_kernel_does_not_take(monkeypatch: pytest.MonkeyPatc
     assert seen == [(CUDA, torch.bfloat16, 9, 5, 9)] * 2
 
 
+PREVIEWED = Decisions(PreviewKind(4, products=False))
+
+
+def test_triton_serves_decisions_that_cuda_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an older GPU, and for weights that cuda.cu does not take."""
+    monkeypatch.setattr(backend, "why_not_triton", lambda device: None)
+    rest = CUDA, torch.bfloat16, (63, 5, 63)
+    for why, names in (("too old", ["why_not_cuda"]), ("too odd", ["why_not_sizes"])):
+        monkeypatch.setattr(backend, "why_not_cuda", lambda device: None)
+        for name in names:
+            monkeypatch.setattr(backend, name, lambda *_, why=why: why)
+        for decisions in (PREVIEWED, Decisions(second=True)):
+            choice = choose_backend(Backend.AUTO, *rest, decisions)
+            words = f"{why}; torch would read all for a preview or a second decision"
+            assert choice == Choice(Backend.TRITON, 4, words)
+            assert choice.op_tokens == 4  # more are torch's
+        assert choose_backend(Backend.AUTO, *rest) == Choice(Backend.TORCH, 0, why)
+        assert choose_backend(Backend.CUDA, *rest, PREVIEWED) == Choice(Backend.TORCH, 0, why)
+        for dtype, sizes in ((torch.float64, (63, 5, 63)), (torch.bfloat16, (8200, 5, 63))):
+            choice = choose_backend(Backend.AUTO, CUDA, dtype, sizes, PREVIEWED)
+            assert choice.backend is Backend.TORCH
+
+
+def test_triton_that_is_asked_for_must_take_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "why_not_triton", lambda device: None)
+    rest = CUDA, torch.bfloat16
+    choice = choose_backend(Backend.TRITON, *rest, (8192, 9, 8192), PREVIEWED)
+    assert choice == Choice(Backend.TRITON, MAX_OP_TOKENS, "asked for")
+    choice = choose_backend(Backend.TRITON, *rest, (8192, 9, 8193))
+    reason = "rows of 8193 elements do not fit in the registers"
+    assert choice == Choice(Backend.TORCH, 0, reason)
+
+
+def test_a_preview_that_cuda_does_not_take_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Triton would take it: the rest runs faster."""
+    for name in ("why_not_cuda", "why_not_triton"):
+        monkeypatch.setattr(backend, name, lambda device: None)
+    monkeypatch.setattr(
+        backend, "why_not_sizes", lambda *a: "no room" if a[5:] == (PREVIEWED.preview,) else None
+    )
+    rest = CUDA, torch.bfloat16, (64, 5, 64)
+    for asked, tokens in ((Backend.AUTO, 4), (Backend.CUDA, MAX_OP_TOKENS)):
+        choice = choose_backend(asked, *rest, PREVIEWED)
+        assert (choice.backend, choice.kernel_tokens) == (Backend.CUDA, tokens)
+        assert choice.without_preview == "no room"
+        assert choose_backend(asked, *rest, Decisions(second=True)).without_preview is None
+    for asked in (Backend.TORCH, Backend.TRITON):
+        assert choose_backend(asked, *rest, PREVIEWED).without_preview is None
+
+
+def test_what_a_layer_decides_by_is_asked_about(
+    llama: Any, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def choose(asked: Backend, device: Any, dtype: Any, sizes: Any, decisions: Decisions) -> Choice:
+        seen.append(decisions)
+        return Choice(Backend.TORCH, 0, "as on a GPU")
+
+    monkeypatch.setattr(weights, "choose_backend", choose)
+    plain = catsparse.calibrate(llama, windows, progress=False)
+    previewed = catsparse.calibrate(llama, windows, preview=8, progress=False)
+    kinds = {products: PreviewKind(8, products) for products in (False, True)}
+    for calibration, method, decisions in (
+        (plain, "energy", Decisions()),
+        (previewed, "energy", Decisions(kinds[False])),
+        (previewed, "product", Decisions(kinds[True], second=True)),
+    ):
+        catsparse.sparsify(llama, calibration, 0.5, method)
+        assert seen[-1] == decisions
+        mlp = llama.model.layers[0].mlp
+        if method == "energy":
+            mlp.set_threshold(mlp.catsparse_threshold, None, torch.tensor(0.5))
+            assert seen[-1] == replace(decisions, second=True)
+        catsparse.densify(llama)
+
+
 def test_a_gpu_without_the_kernel_decodes_in_torch() -> None:
-    if torch.version.cuda is not None:
+    if torch.version.cuda is not None or torch.version.hip is not None:
         pytest.skip("torch was built with CUDA")
     for asked in (Backend.AUTO, Backend.CUDA, Backend.TRITON):
         choice = choose_backend(asked, CUDA, torch.bfloat16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,12 +27,12 @@ from transformers import (
 
 import catsparse
 import kernels_in_torch
-from catsparse import decoding, modules
+from catsparse import decoding
 from catsparse.decoding import fused, loop
 from catsparse.decoding.fused import FusedStep
 from catsparse.decoding.request import Request, resolve
 from catsparse.decoding.step import State, prefill
-from catsparse.kernels import Backend, Call, Choice, gated_mlp_reference
+from catsparse.kernels import Backend, Call, Choice
 from catsparse.kernels.cuda import AUTO_TOKENS
 from catsparse.modules import SparseMLP, sparse_modules
 from catsparse.surgery import run_dense
@@ -184,25 +185,32 @@ def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu")], indirect=True)
-def test_method_product_where_no_tile_fits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second decision is made on the exact product, behind a gate that keeps all."""
+@pytest.mark.parametrize("method", ["energy", "product"])
+def test_a_preview_that_is_left_out_decides_nowhere(
+    method: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt, step and module are decided by the exact weights, and by the same ones."""
     model = make("llama", device)
     calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
-    catsparse.sparsify(model, calibration, 0.6)
+    choice = Choice(Backend.CUDA, 8, "stands in for a GPU", "no room for its tiles")
+    monkeypatch.setattr(SparseMLP, "choose_backend", lambda *_: choice)
+    catsparse.sparsify(model, calibration, 0.6, method)
     calls = noted(monkeypatch)
-    monkeypatch.setattr(fused, "why_not_sizes", lambda *_: "no room")
-
-    def by_exact_products(*arguments: Any, backend: str) -> Tensor:
-        call = Call(*arguments)
-        if call.previews_products:
-            keep_all = call.threshold.new_tensor(-1.0)
-            call = call._replace(threshold=keep_all, product_threshold=call.threshold)
-        return gated_mlp_reference(*call._replace(preview=None, preview_scale=None))
-
-    monkeypatch.setattr(modules, "gated_mlp", by_exact_products)
     check(model, tokens(1, 30))
     assert calls[-1].preview is None
-    assert calls[-1].product_threshold is not None
+    assert (calls[-1].product_threshold is not None) == (method == "product")
+    assert "not in use: no room for its tiles" in catsparse.explain(model)
+    for module in sparse_modules(model).values():
+        assert module.catsparse_preview is None
+    # Not an accident of these weights: by the preview other tokens would come out.
+    exact = decode(model, tokens(4, 60, 3))
+    monkeypatch.setattr(
+        SparseMLP, "choose_backend", lambda *_: replace(choice, without_preview=None)
+    )
+    for module in sparse_modules(model).values():
+        module.refresh()
+        assert module.catsparse_preview is not None
+    assert not torch.equal(decode(model, tokens(4, 60, 3)), exact)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import catsparse
 import tiny
 from catsparse import modules as module_under_test
+from catsparse import weights as module_weights
 from catsparse.kernels import MAX_OP_TOKENS, Backend, Choice, gated_mlp
 from catsparse.modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from catsparse.sites import match_gated_mlp
@@ -259,6 +260,59 @@ def test_hooked_children_decide_by_the_gate(child: str) -> None:
     assert mlp.why_not_preview() == f"{child} is hooked"
     handle.remove()
     check(mlp, 4)
+
+
+def left_out(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    """As where the kernel that serves all else does not take the preview, unless torch decodes."""
+
+    def choose(asked: Backend, *_: Any) -> Choice:
+        gpu = asked is not Backend.TORCH
+        return Choice(asked, 0, "as on a GPU", reason if gpu else None)
+
+    monkeypatch.setattr(module_weights, "choose_backend", choose)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_a_preview_that_is_left_out_decides_in_no_path(
+    products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out(monkeypatch, "no room")
+    mlp = sparse_of_products(dense_mlp(64)) if products else sparse(dense_mlp(64))
+    check_any = check_products if products else check
+    assert mlp.why_not_preview() == "no room"
+    assert mlp.catsparse_preview is None
+    check_any(mlp, None)
+    # It comes and goes with what decodes, the weights being the same.
+    mlp.set_backend(Backend.TORCH, True)
+    assert mlp.why_not_preview() is None
+    check_any(mlp, 4)
+    mlp.set_backend(Backend.AUTO, True)
+    check_any(mlp, None)
+    left_out(monkeypatch, None)
+    mlp.refresh()
+    check_any(mlp, 4)
+
+
+def test_training_leaves_it_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out(monkeypatch, "no room")
+    mlp = sparse(dense_mlp(64), second=False)
+    x = torch.randn(60, H)
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x, None), rtol=1e-4, atol=1e-4)
+    left_out(monkeypatch, None)
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_lora_leaves_out_what_its_merge_will(
+    previewed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out(monkeypatch, "no room")
+    mlp = previewed.model.layers[0].mlp
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj"])
+    adapted = peft.get_peft_model(previewed, config).eval()
+    assert mlp.why_not_preview() == "no room"
+    assert "4-bit gate preview (not in use: no room" in catsparse.explain(adapted)
+    adapted.merge_and_unload()
+    assert mlp.why_not_preview() == "no room"
 
 
 @pytest.fixture

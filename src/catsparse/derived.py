@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .kernels import Backend, Choice
+from .kernels import Backend, Choice, Decisions, PreviewKind
 from .weights import Children, Key
 
 if TYPE_CHECKING:
@@ -31,17 +31,32 @@ class Derived(Children):
     catsparse_preview_scale: Tensor | None
     catsparse_preview_bits: int | None
     catsparse_of_products: bool
+    catsparse_product_threshold: Tensor | None
     catsparse_backend: Backend
     catsparse_down_copy: bool
     _catsparse_key: Key | None
     _catsparse_choice: Choice | None
+    _catsparse_left_out: bool  # whether there is no preview though one was asked for
     _catsparse_down_t: Tensor | None
 
+    def decisions(self) -> Decisions:
+        bits, second = self.catsparse_preview_bits, self.catsparse_product_threshold is not None
+        kind = None if bits is None else PreviewKind(bits, self.catsparse_of_products)
+        return Decisions(kind, second or self.catsparse_of_products)
+
     def why_not_preview(self) -> str | None:
-        """Why the exact weights decide; None if a preview does."""
+        """Why the exact weights decide; None if a preview does.
+
+        It is left out in every path, masked and trained as well, where the kernel that decodes does
+        not take it: so all decide alike.
+        """
         if self.catsparse_preview_bits is None:
             return "there is no preview"
-        return self.why_not_effective()
+        if (reason := self.why_not_effective()) is not None:
+            return reason
+        if torch.compiler.is_compiling():
+            return None  # what has been left out is not there
+        return self.choose_backend(self.catsparse_backend, self.catsparse_down_copy).without_preview
 
     def fresh_preview(self) -> tuple[Tensor | None, Tensor | None]:
         """The preview of the weights as they are, and its scales; (None, None) where it cannot be
@@ -75,17 +90,20 @@ class Derived(Children):
             self._forget()  # nothing is known of the weights
             return
         key, old = self._key(), self._catsparse_key
-        choice, bias = None, None
-        if raw:
-            choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
-            if self.catsparse_mean is not None:
-                bias = self.make_bias(self.catsparse_mean)
+        choice = self.choose_backend(self.catsparse_backend, self.catsparse_down_copy)
+        left_out, bias = choice.without_preview is not None, None
+        if raw and self.catsparse_mean is not None:
+            bias = self.make_bias(self.catsparse_mean)
         preview, scale = self.catsparse_preview, self.catsparse_preview_scale
-        bits = self.catsparse_preview_bits
-        if bits is not None and (old is None or old[1:] != key[1:]):
+        bits, had = self.catsparse_preview_bits, not self._catsparse_left_out
+        if bits is not None and left_out:
+            preview = scale = None
+        elif bits is not None and (old is None or old[1:] != key[1:] or not had):
             preview, scale = self.make_preview(bits, self.catsparse_of_products)
         # The key last, and nothing None in between: other threads may be decoding.
-        self._catsparse_choice, self._catsparse_down_t, self.catsparse_bias = choice, None, bias
+        self._catsparse_choice = choice if raw else None
+        self._catsparse_down_t, self.catsparse_bias = None, bias
+        self._catsparse_left_out = left_out
         self.catsparse_preview, self.catsparse_preview_scale = preview, scale
         self._catsparse_key = key
 

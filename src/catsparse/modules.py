@@ -73,14 +73,14 @@ class SparseMLP(Derived):
     With ``catsparse_preview_bits`` a preview of w_gate decides or, with ``catsparse_of_products``,
     one of w_gate and w_up: on the product. It is made from the weights when it is needed first and
     again when they changed, with gradients enabled in every forward; of LoRA layers it is that of
-    the merged weights. So training decides as inference will. Where the weights cannot be read,
-    and in compiled training, the gate or the product itself decides, at the same threshold.
+    the merged weights. So training decides as inference will. Where the weights cannot be read, in
+    compiled training, and in all paths of a layer whose kernel does not take the preview
+    (``why_not_preview``), the gate or the product itself decides, at the same threshold.
     """
 
     dense_class: ClassVar[type[nn.Module]]
 
     catsparse_threshold: Tensor
-    catsparse_product_threshold: Tensor | None
     catsparse_prefill: str
     catsparse_enabled: bool
     catsparse_counter: KeepCounter | None
@@ -248,7 +248,7 @@ def add_sparsity(
     module.catsparse_enabled = True
     module.catsparse_counter, module.catsparse_observer = None, None
     module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
-    module._catsparse_key = None
+    module._catsparse_key, module._catsparse_left_out = None, False
     _rebind_hooked_forward(module)
     module.refresh()
     return module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .kernels import Backend, Choice, choose_backend, make_preview
+from .kernels import Backend, Choice, Decisions, choose_backend, make_preview
 
 Version = tuple[StorageWeakRef, int, int]
 Key = tuple[Version, ...]
@@ -96,16 +96,21 @@ class Children(nn.Module):
         return torch.cat([rows.float() @ mean for rows in weight.split(1024)])
 
     def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
-        """What this layer would run if ``asked`` to; its weights must be readable."""
+        """What this layer would run if ``asked`` to; its weights must be readable, or sums of such
+        ones with adapters."""
         weight: Tensor = getattr(self, self.site_down).weight
         columns, neurons = weight.shape
         hidden: int = getattr(self, self.site_gate).weight.shape[1]
         sizes = hidden, neurons, columns
-        choice = choose_backend(asked, weight.device, weight.dtype, sizes)
+        choice = choose_backend(asked, weight.device, weight.dtype, sizes, self.decisions())
         if choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
             reason = f"the {choice.backend.value} kernel needs the copy of the down projection"
             return Choice(Backend.TORCH, 0, reason)
         return choice
+
+    def decisions(self) -> Decisions:
+        """What decides beside the exact gate."""
+        return Decisions()
 
     def weights_key(self, gate: bool, up: bool) -> Key:
         """Versions of w_down, and of w_gate and w_up, adapters included, if asked for."""

@@ -138,11 +138,13 @@ def _bench(
         variants.append(Variant("dense_compiled", 0.0))
     variants.append(Variant("dense", 0.0))
     previews = {name: _preview(m) for name, m in sparse_modules(model).items()}
-    # Without its preview method product would read all of gate and up: only keeping all is shown.
-    exact = () if state_of(model).config.method == PRODUCT else sparsities
+    left_out = any(None in pair for pair in previews.values())  # see catsparse.explain
+    # Without its preview method product would read all of gate and up: only keeping all is shown,
+    # unless that is how the model decodes.
+    exact = () if state_of(model).config.method == PRODUCT and not left_out else sparsities
     for s in sorted({0.0, *exact}):
         variants.append(_variant(model, calibration, s, prompt, down_copy, None))
-    if calibration.preview is not None:
+    if calibration.preview is not None and not left_out:
         for s in sorted({*sparsities} - {0.0}):
             variants.append(_variant(model, calibration, s, prompt, down_copy, previews))
     probe = Probe(model.device)
@@ -182,8 +184,9 @@ def _variant(
         seen = kept(model, prompt)
         if modules:
             gate, _ = next(iter(modules)).raw_gate_up()
+            all_of_up = previews is None and config.method == PRODUCT
             share = bytes_skipped(
-                1 - seen.first,
+                0.0 if all_of_up else 1 - seen.first,
                 1 - seen.down if down_copy else 0.0,
                 None if previews is None else calibration.preview,
                 gate.shape[1],

@@ -20,9 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import Call, gated_mlp, sparse_linear_reference
 from ..kernels.attention import Scratch, attention
-from ..kernels.cuda import launch, why_not_sizes
+from ..kernels.cuda import launch
 from ..kernels.linear import linear
-from ..kernels.preview import preview_kind
 from ..kernels.sparse_linear_cuda import launch_sparse_linear
 from ..kernels.stream import Norm, rms_norm
 from ..linears import SparseLinear
@@ -227,22 +226,13 @@ class FusedStep:
         if not module.catsparse_enabled:
             return _Weights(down_t, self._keep_all)
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
-        if preview is not None and not self._takes_preview(mlp, preview):
+        if not module.previews(len(self._x)):
             preview = scale = None  # the exact weights decide, as in the module
         threshold, product = module.catsparse_threshold, module.catsparse_product_threshold
         if preview is None and module.catsparse_of_products:
             threshold, product = self._keep_all, threshold  # a second decision on the exact product
         compensation = module.catsparse_mean, module.catsparse_bias
         return _Weights(down_t, threshold, *compensation, product, preview, scale)
-
-    def _takes_preview(self, mlp: Mlp, preview: Tensor) -> bool:
-        """Whether it decides for so many sequences, and its tiles fit into shared memory."""
-        if mlp.module is not None and not mlp.module.previews(len(self._x)):
-            return False
-        neurons, hidden = mlp.gate.shape
-        kind = preview_kind(preview, neurons, hidden)
-        sizes = (hidden, neurons, mlp.down.shape[0])
-        return why_not_sizes(preview.device, mlp.gate.dtype, *sizes, kind) is None
 
     @classmethod
     def try_build(cls, model: Any, cache: WindowCache, batch: int) -> FusedStep | None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .arguments import Call
-from .backend import Backend, Choice, choose_backend, choose_linear_backend
+from .backend import Backend, Choice, Decisions, choose_backend, choose_linear_backend
 from .cpu import gated_mlp_cpu
 from .cuda import gated_mlp_cuda
-from .preview import dequantize, make_preview
+from .preview import PreviewKind, dequantize, make_preview
 from .reference import (
     ACTIVATIONS,
     MAX_OP_TOKENS,
@@ -35,6 +35,8 @@ __all__ = [
     "Backend",
     "Call",
     "Choice",
+    "Decisions",
+    "PreviewKind",
     "choose_backend",
     "choose_linear_backend",
     "dequantize",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -10,10 +10,12 @@ import torch
 from .cpu import DTYPES, cpu_library
 from .cuda import AUTO_TOKENS as AUTO_TOKENS_CUDA
 from .cuda import auto_tokens, why_not_cuda, why_not_sizes
+from .preview import PreviewKind
 from .reference import MAX_OP_TOKENS
 from .sparse_linear_cuda import why_not_sparse_linear
 from .stream import group_size
-from .triton import why_not_triton
+from .triton import MAX_TOKENS as TRITON_TOKENS
+from .triton import why_not_triton, why_not_triton_sizes
 
 
 class Backend(str, Enum):
@@ -34,11 +36,16 @@ AUTO_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16}
 
 @dataclass(frozen=True)
 class Choice:
-    """Calls of up to ``kernel_tokens`` tokens run the kernel, longer ones torch; and why."""
+    """Calls of up to ``kernel_tokens`` tokens run the kernel, longer ones torch; and why.
+
+    ``without_preview`` says why the layer's preview must be left out, so that the exact weights
+    decide, in every path alike: the kernel that serves all else does not take it.
+    """
 
     backend: Backend
     kernel_tokens: int
     reason: str
+    without_preview: str | None = None
 
     @property
     def op_tokens(self) -> int:
@@ -46,33 +53,37 @@ class Choice:
         return MAX_OP_TOKENS if self.backend is Backend.CUDA else self.kernel_tokens
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """What a layer decides by beside its exact gate: a preview, and a second time on the product.
+
+    With either torch reads all of the weights and more, so that a kernel needs no measurement to be
+    preferred.
+    """
+
+    preview: PreviewKind | None = None
+    second: bool = False
+
+
 def choose_backend(
     asked: Backend,
     device: torch.device,
     dtype: torch.dtype,
     sizes: tuple[int, int, int] | None = None,
+    decisions: Decisions = Decisions(),
 ) -> Choice:
     """What a layer with weights of ``dtype`` on ``device`` runs; builds a CPU kernel if needed.
 
     Args:
         sizes: (H, I, H_out) of the layer, where they are known: not every kernel takes all.
+        decisions: of the layer.
     """
     if asked is Backend.TORCH:
         return Choice(Backend.TORCH, 0, "asked for")
     if asked is Backend.TRITON:
-        return _asked_for(asked, why_not_triton(device))
+        return _asked_for(asked, _why_not_triton(device, dtype, sizes))
     if asked is Backend.CUDA or (asked is Backend.AUTO and device.type == "cuda"):
-        reason = why_not_cuda(device)
-        if reason is None and dtype not in AUTO_TOKENS_CUDA:
-            reason = _no_kernel(dtype)
-        if reason is None and sizes is not None:
-            reason = why_not_sizes(device, dtype, *sizes)
-        if asked is Backend.CUDA or reason is not None:
-            return _asked_for(Backend.CUDA, reason)
-        tokens = AUTO_TOKENS_CUDA[dtype]
-        if sizes is not None:
-            tokens = auto_tokens(dtype, max(sizes[0], sizes[2]) * dtype.itemsize)
-        return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens")
+        return _choose_on_gpu(asked, device, dtype, sizes, decisions)
     if device.type != "cpu":
         return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")
     if dtype not in DTYPES:
@@ -84,6 +95,44 @@ def choose_backend(
         return _asked_for(Backend.C, None)
     tokens = AUTO_TOKENS[dtype]
     return Choice(Backend.C, tokens, f"faster than torch up to {tokens} tokens")
+
+
+def _choose_on_gpu(
+    asked: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] | None,
+    decisions: Decisions,
+) -> Choice:
+    reason = why_not_cuda(device)
+    if reason is None and dtype not in AUTO_TOKENS_CUDA:
+        reason = _no_kernel(dtype)
+    if reason is None and sizes is not None:
+        reason = why_not_sizes(device, dtype, *sizes)
+    if reason is not None:
+        decides = decisions.preview is not None or decisions.second
+        if asked is Backend.AUTO and decides and _why_not_triton(device, dtype, sizes) is None:
+            words = f"{reason}; torch would read all for a preview or a second decision"
+            return Choice(Backend.TRITON, TRITON_TOKENS, words)
+        return _asked_for(Backend.CUDA, reason)
+    left_out = None
+    if decisions.preview is not None and sizes is not None:
+        left_out = why_not_sizes(device, dtype, *sizes, decisions.preview)
+    if asked is Backend.CUDA:
+        return replace(_asked_for(asked, None), without_preview=left_out)
+    tokens = AUTO_TOKENS_CUDA[dtype]
+    if sizes is not None:
+        tokens = auto_tokens(dtype, max(sizes[0], sizes[2]) * dtype.itemsize)
+    return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens", left_out)
+
+
+def _why_not_triton(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] | None
+) -> str | None:
+    reason = why_not_triton(device)
+    if reason is None and sizes is not None:
+        reason = why_not_triton_sizes(dtype, *sizes)
+    return reason
 
 
 def choose_linear_backend(

@@ -361,5 +361,6 @@ def why_not_sizes(
     lists += _x_bytes(dtype, hidden, tokens, kind)
     ring = find_ring(shared_bytes(device) - lists - LEFT, 1, row, hidden, kind)
     if row > MOST_PIECES * PIECE or not ring.holds(2):
-        return f"{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
+        of = "" if kind is None else f"{kind.bits}-bit previews of "
+        return f"{of}{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

@@ -304,9 +304,9 @@ def _read_kept(
 
 
 def lay_out(x: Tensor, bits: int, tokens: int) -> Tensor:
-    """``[T, H]`` as fp32 ``[tokens, fields of a word, words of a row]`` of a preview: field k of word
-    w meets ``[:, k, w]`` (see :func:`catsparse.kernels.preview.make_preview`). Zeros where a last
-    group has no inputs, and for tokens from T on."""
+    """``[T, H]`` as fp32 ``[tokens, fields of a word, words of a row]`` of a preview: field k of a
+    word w meets ``[:, k, w]`` (see :func:`catsparse.kernels.preview.make_preview`). Zeros where a
+    last group has no inputs, and for tokens from T on."""
     rows, hidden = x.shape
     groups = groups_of(hidden)
     x = F.pad(x, (0, groups * GROUP - hidden, 0, tokens - rows))
