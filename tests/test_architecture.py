@@ -36,6 +36,7 @@ LAYERS = {
     "methods": 2,
     "statistics_file": 2,
     "thresholds_file": 2,
+    "previews_file": 2,
     "sensitivities": 2,
     "calibration": 3,
     "batches": 3,

@@ -12,7 +12,7 @@ from torch import nn
 
 import catsparse
 import tiny
-from catsparse import CatsparseError, explain, set_backend, weights
+from catsparse import CatsparseError, explain, explanation, set_backend, weights
 from catsparse.kernels import MAX_OP_TOKENS, Backend, backend, choose_backend, cpu
 from catsparse.kernels.backend import AUTO_TOKENS, AUTO_TOKENS_CUDA, Choice, Decisions
 from catsparse.kernels.build import Library
@@ -362,6 +362,28 @@ def test_explain_each_backend(sparse_llama: Any, calls: list[int]) -> None:
     assert f"faster than torch up to {tokens} tokens" in paths(sparse_llama)[0]
     sparse_llama.double()
     assert paths(sparse_llama) == ["torch, dense matmuls (no kernel for float64)"] * 2
+
+
+def test_info_asks_for_what_is_in_the_file(
+    llama: Any, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def choose(*asked: Any) -> Choice:
+        seen.append(asked[3:])
+        left_out = "no room" if asked[4].preview else None
+        return Choice(Backend.CUDA, 4, "as on a GPU", left_out)
+
+    calibration = catsparse.calibrate(llama, windows, preview=8, progress=False)
+    config = catsparse.sparsify(llama, calibration, 0.5).catsparse.config
+    monkeypatch.setattr(explanation, "choose_backend", choose)
+    found = explanation.decode_paths(config)
+    words = "the cuda kernel (as on a GPU), without the preview (no room)"
+    assert found == dict.fromkeys(("float32", "bfloat16", "float16"), words)
+    site = config.sites[SITES[0]]
+    sizes = (site.hidden_size, site.intermediate_size, site.hidden_size)
+    assert seen == [(sizes, Decisions(PreviewKind(8, products=True), second=True))] * 3
+    assert "without" not in explanation.decode_paths()["float32"]
 
 
 def test_explain_without_a_compiler(sparse_llama: Any, no_compiler: str) -> None:

@@ -143,6 +143,34 @@ def test_merge_writes_a_whole_model(
     assert json.loads(one)["perplexity"] == json.loads(two)["perplexity"]
 
 
+def test_store_preview(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tmp_path / "merged"
+    options = [*SMALL[:2], "--preview", 4, "--merge", "--store-preview"]
+    assert run(capsys, "sparsify", "default", "-o", merged, *options)[0] == 0
+    assert (merged / "previews.safetensors").is_file()
+    monkeypatch.setattr("catsparse.derived.Derived.make_preview", None)  # calling it would fail
+    assert run(capsys, "generate", merged, "-p", "The", "-n", "2", "--greedy")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preview", 4, "--store-preview"], "give --merge as well"),
+        (["--merge", "--store-preview"], "give --preview 4 as well"),
+    ],
+)
+def test_store_preview_needs_both(
+    options: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is calibrated."""
+    code, _, errors = run(capsys, "sparsify", "default", "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
 def test_generate_streams_and_compares(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["-p", "The captain looked", "-n", "12", "--greedy"]
     code, text, _ = run(capsys, "generate", artifact, *prompt, "--compare", "--json")

@@ -6,6 +6,7 @@ backend. They are made at first use, and in neither the state dict nor a pickle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +107,18 @@ class Derived(Children):
         self._catsparse_left_out = left_out
         self.catsparse_preview, self.catsparse_preview_scale = preview, scale
         self._catsparse_key = key
+
+    def adopt_preview(
+        self, stored: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
+    ) -> None:
+        """Before the first :meth:`refresh`: take the preview that ``stored`` has of w_gate and
+        w_up, which must be of these very weights; none where the exact weights decide."""
+        if self.why_not_preview() is not None:
+            return
+        found = stored(*self.effective_gate_up())
+        if found is not None:
+            self.catsparse_preview, self.catsparse_preview_scale = found
+            self._catsparse_key = self._key()
 
     def set_backend(self, backend: Backend, down_copy: bool) -> None:
         """Choose how few-token calls run; see :func:`catsparse.set_backend`."""

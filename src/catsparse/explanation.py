@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .kernels import Backend, Choice, choose_backend
+from .config import PRODUCT, SparsityConfig
+from .kernels import Backend, Choice, Decisions, PreviewKind, choose_backend
 from .linears import SparseLinear, sparse_linears
 from .modules import SparseMLP, sparse_modules
 from .sites import describe, find_sites
@@ -64,14 +65,28 @@ def model_paths(model: nn.Module) -> dict[str, DecodePath]:
     return paths | {name: _linear_path(layer) for name, layer in sparse_linears(model).items()}
 
 
-def decode_paths() -> dict[str, str]:
-    """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights."""
+def decode_paths(config: SparsityConfig | None = None) -> dict[str, str]:
+    """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights.
+
+    Args:
+        config: of a sparse model, whose largest gated MLP then answers.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    choices = {
-        str(d).removeprefix("torch."): choose_backend(Backend.AUTO, device, d) for d in dtypes
-    }
-    return {name: _words(choice) for name, choice in choices.items()}
+    sizes, decisions = None, Decisions()
+    if config is not None and config.sites:
+        site = max(config.sites.values(), key=lambda s: s.hidden_size * s.intermediate_size)
+        sizes = site.hidden_size, site.intermediate_size, site.hidden_size
+        products, bits = config.method == PRODUCT, config.preview
+        kind = None if bits is None else PreviewKind(bits, products)
+        decisions = Decisions(kind, products or config.down_sparsity is not None)
+    paths = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        choice = choose_backend(Backend.AUTO, device, dtype, sizes, decisions)
+        words = _words(choice)
+        if choice.without_preview is not None:
+            words += f", without the preview ({choice.without_preview})"
+        paths[str(dtype).removeprefix("torch.")] = words
+    return paths
 
 
 def _words(choice: Choice) -> str:

@@ -7,6 +7,7 @@ Only safetensors are read, never pickles, and no downloaded code is run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,10 +32,12 @@ from .adapters import (
 )
 from .calibration import Calibration
 from .card import model_card
-from .config import CALIBRATION_NAME, CONFIG_NAME, SiteConfig, SparsityConfig
+from .config import CALIBRATION_NAME, CONFIG_NAME, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import default_mode
 from .methods import SiteThreshold
+from .modules import sparse_modules
+from .previews_file import PREVIEWS_NAME, StoredPreviews, write_previews
 from .strict_json import first_sentence, shorten
 from .surgery import apply_thresholds, densify, sparse_layers, state_of, state_owner
 from .thresholds_file import read_threshold
@@ -45,7 +48,9 @@ _BUNDLED = Path(__file__).parent / "models" / "default"
 QUANT_METHOD = "cats"
 
 
-def save(model: Any, directory: str | Path, merge: bool = False) -> None:
+def save(
+    model: Any, directory: str | Path, merge: bool = False, store_preview: bool = False
+) -> None:
     """Write the sparse model's artifact.
 
     A PEFT adapter on the model is written beside, as PEFT writes it.
@@ -56,15 +61,28 @@ def save(model: Any, directory: str | Path, merge: bool = False) -> None:
         directory: created if need be; each file appears whole or not at all.
         merge: also write the weights, so that after ``import catsparse``
             ``AutoModelForCausalLM.from_pretrained(directory)`` restores the sparse model.
+        store_preview: with ``merge``, also write the preview, so that a load on a CPU need not make
+            it.
 
     Raises:
         CatsparseError: the model is dense, has no base to refer to, or holds adapters that with
-            ``merge`` would have to be merged before, or of which there are several.
+            ``merge`` would have to be merged before, or of which there are several; there is no
+            preview to store, or no merged directory for it.
     """
-    save_files(model, Path(directory), merge)
+    if store_preview and not merge:
+        raise CatsparseError("a preview is stored beside the weights only; save with merge=True")
+    if store_preview and state_of(model).config.preview is None:
+        raise CatsparseError("the model has no preview to store; save it without store_preview")
+    save_files(model, Path(directory), merge, store_preview)
 
 
-def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: Any) -> None:
+def save_files(
+    model: Any,
+    target: Path,
+    merge: bool,
+    store_preview: bool = False,
+    **save_pretrained_kwargs: Any,
+) -> None:
     """:func:`save`; the keywords go to ``save_pretrained`` (a shard size, say)."""
     state, model = state_of(model), state_owner(model)
     adapted = has_adapters(model)
@@ -90,6 +108,8 @@ def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: 
         staging = Path(name)
         if merge:
             _write_weights(model, staging, **save_pretrained_kwargs)
+        if store_preview:
+            write_previews(sparse_modules(model), staging / PREVIEWS_NAME)
         if adapted:
             assert config.base_model is not None  # else it would have to be merged
             write_adapter(model, staging, config.base_model.name_or_path)
@@ -101,7 +121,7 @@ def save_files(model: Any, target: Path, merge: bool, **save_pretrained_kwargs: 
         for file in sorted(written, key=_replacing_order):
             (staging / file).chmod(default_mode())
             os.replace(staging / file, target / file)
-    old = [target / ADAPTER_CONFIG, target / ADAPTER_WEIGHTS]
+    old = [target / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREVIEWS_NAME)]
     for stale in [*old, *(target.glob("model*.safetensors*") if merge else [])]:
         if stale.name not in written:
             stale.unlink(missing_ok=True)
@@ -286,6 +306,16 @@ def read_artifact(
         if seen is None or (seen.linears, seen.in_features) != (part.linears, part.in_features):
             raise _other_statistics(name)
     return config, thresholds, calibration
+
+
+def stored_previews(
+    directory: str, config: SparsityConfig, revision: str | None = None
+) -> StoredPreviews | None:
+    """What a merged directory holds of previews; None if its model has none."""
+    if config.preview is None:
+        return None
+    find = functools.cache(lambda: _find(directory, PREVIEWS_NAME, revision))
+    return StoredPreviews(config, config.method == PRODUCT, find)
 
 
 def _check_statistics(name: str, site: SiteConfig, calibration: Calibration) -> None:

@@ -221,6 +221,7 @@ def add_sparsity(
     product_threshold: Tensor | None = None,
     preview: int | None = None,
     of_products: bool = False,
+    stored: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None,
 ) -> SparseMLP:
     """Make the dense MLP at ``site`` sparse in place, by changing its class.
 
@@ -233,6 +234,7 @@ def add_sparsity(
         product_threshold: fp32, 0-d or ``[I]``, of the second decision; None for none.
         preview: bits of the copy of w_gate that decides, 4 or 8; None for w_gate itself.
         of_products: whether ``threshold`` is on products, and the preview of w_gate and w_up.
+        stored: of w_gate and w_up, a preview that was made of the very same, or None.
     """
     device = device_of(module)
     cls = sparse_class(type(module), (site.gate, site.up, site.act, site.act_child, site.down))
@@ -250,6 +252,8 @@ def add_sparsity(
     module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
     module._catsparse_key, module._catsparse_left_out = None, False
     _rebind_hooked_forward(module)
+    if stored is not None:
+        module.adopt_preview(stored)
     module.refresh()
     return module
 

@@ -40,8 +40,9 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         source = model.config._name_or_path
-        artifact = hub.read_artifact(source, getattr(model.config, "_commit_hash", None))
-        apply_thresholds(model, *artifact)
+        revision = getattr(model.config, "_commit_hash", None)
+        artifact = hub.read_artifact(source, revision)
+        apply_thresholds(model, *artifact, hub.stored_previews(source, artifact[0], revision))
         model.save_pretrained = types.MethodType(_save_pretrained, model)
         return model
 

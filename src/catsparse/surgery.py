@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .kernels import Backend
 from .linears import SparseLinear, add_input_sparsity, remove_input_sparsity, sparse_linears
 from .methods import SiteThreshold
 from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
+from .previews_file import StoredPreviews
 from .sites import Site, require_sites
 from .strict_json import shorten
 from .weights import why_no_matrix
@@ -228,8 +230,10 @@ def apply_thresholds(
     config: SparsityConfig,
     thresholds: dict[str, SiteThreshold],
     calibration: Calibration | None,
+    previews: StoredPreviews | None = None,
 ) -> Any:
-    """Make every site of ``config`` sparse; nothing is changed if any of them does not fit."""
+    """Make every site of ``config`` sparse; nothing is changed if any of them does not fit.
+    ``previews`` are used where they are those of the model's weights."""
     found = {site.name: site for site in require_sites(model)}
     for name, wanted in config.sites.items():
         _check_site(name, wanted, found)
@@ -246,6 +250,7 @@ def apply_thresholds(
         add_sparsity(
             *(module, site, t.threshold, t.mean, config.prefill, t.product, config.preview),
             of_products=config.method == PRODUCT,
+            stored=None if previews is None else partial(previews.of, name),
         )
     model.catsparse = SparseState(config, thresholds, calibration)
     return model

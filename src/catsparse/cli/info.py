@@ -24,7 +24,7 @@ def info(model: Model = "default", json: Json = False) -> None:
             out.print("\n".join(lines), highlight=False)
         return
     config, _, calibration = hub.read_artifact(model)
-    paths = decode_paths()
+    paths = decode_paths(config)
     if json:
         described = json_module.loads(config.to_json())
         print_json(described | {"bytes_skipped": config.bytes_skipped, "decode": paths})

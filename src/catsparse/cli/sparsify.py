@@ -9,6 +9,7 @@ import typer
 
 from ..config import (
     ALLOCATIONS,
+    CONFIG_NAME,
     DEFAULT_METHOD,
     GATE_METHODS,
     METHODS,
@@ -103,6 +104,9 @@ def sparsify(
     device: Device = None,
     dtype: Dtype = "auto",
     merge: Annotated[bool, typer.Option("--merge", help="Write the weights as well.")] = False,
+    store_preview: Annotated[
+        bool, typer.Option("--store-preview", help="With --merge: write the preview as well.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Calibrate MODEL and write a sparse one to the output folder.
@@ -117,6 +121,10 @@ def sparsify(
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_choice("scope", scope, SCOPES)
     check_preview(preview)
+    if store_preview and not merge:
+        raise CatsparseError("--store-preview writes beside the weights; give --merge as well")
+    if store_preview and preview is None and not (Path(model) / CONFIG_NAME).is_file():
+        raise CatsparseError("there is no preview to store; give --preview 4 as well")
     from ..allocation import Read, check_budget, check_reachable, item_size
 
     check_budget(sparsity, bytes_skipped, allocation, down_sparsity)
@@ -226,7 +234,7 @@ def sparsify(
         allocation=allocation,
         scope=scope,
     )
-    hub.save(sparse, output, merge=merge)
+    hub.save(sparse, output, merge, store_preview)
     if merge:
         tokenizer.save_pretrained(output)
     config = sparse.catsparse.config
