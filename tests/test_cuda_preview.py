@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from catsparse.kernels import Call, cuda, gated_mlp_reference
+from catsparse.kernels import (
+    Backend,
+    Call,
+    Decisions,
+    PreviewKind,
+    choose_backend,
+    cuda,
+    gated_mlp_reference,
+)
 from gpu_op import HOPPER, TOLERANCE, Case, only
 
 pytestmark = HOPPER
@@ -116,8 +124,14 @@ def test_what_does_not_fit_runs_elsewhere() -> None:
 
 
 def test_a_tile_must_fit_into_the_ring() -> None:
-    """Else its dots would wait for rows that there is no room for."""
+    """Else its dots would wait for rows that there is no room for. A layer leaves such a preview
+    out; a bare call goes elsewhere."""
     case = Case(torch.bfloat16, 16384, 300, 16384, "silu", 1, bits=8)
     assert not cuda._fits(Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra))
     y = case.call(case.cut(0.5), True)
     assert case.error(y, case.cut(0.5), True) < TOLERANCE[case.dtype]
+    device, decisions = case.x.device, Decisions(PreviewKind(8, products=False))
+    choice = choose_backend(Backend.AUTO, device, case.dtype, (16384, 300, 16384), decisions)
+    assert choice.backend is Backend.CUDA
+    reason = "8-bit previews of 300 neurons of 16384 do not fit in shared memory"
+    assert choice.without_preview == reason

@@ -11,8 +11,10 @@ from torch import Tensor
 import catsparse
 from catsparse import hub
 from catsparse.data import load_windows
-from catsparse.kernels import cuda
-from gpu_op import Case
+from catsparse.kernels import backend, cuda, gated_mlp_reference, keep_mask
+from catsparse.modules import sparse_modules
+from gpu_op import TOLERANCE, Case
+from test_triton_preview import decided_by_reference, exact_call, masks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +52,89 @@ def only_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64_and_repeatable_in_a_graph(shape: tuple[Any, ...]) -> None:
     Case(*shape).check("triton")
+
+
+# Bits, the second decision, and whether the preview is of products.
+KINDS = [
+    (4, "", False),
+    (8, "", True),
+    (0, "vector", False),
+    (4, "vector", True),
+    (8, "scalar", False),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_previews_and_second_decisions(shape: tuple[Any, ...], kind: tuple[Any, ...]) -> None:
+    Case(*shape, *kind).check("triton")
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_masks_are_the_references_bit_for_bit(bits: int, products: bool) -> None:
+    for tokens, hidden in ((1, 1100), (2, 4096), (3, 700), (4, 2048)):
+        call = exact_call(bits, tokens, products, hidden)
+        decided = decided_by_reference(call)
+        expected = keep_mask(decided, decided, call.threshold)
+        on_gpu = {k: v.cuda() for k, v in call._asdict().items() if isinstance(v, Tensor)}
+        assert torch.equal(masks(call._replace(**on_gpu)).cpu(), expected)
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_dropped_rows_are_not_read(tokens: int, products: bool) -> None:
+    case = Case(torch.bfloat16, 1024, 3000, 1024, "silu", tokens, 4, "vector", products)
+    threshold = case.cut(0.6)
+    expected = case.call(threshold, True, backend="triton")
+    gated = (case.decided.abs() > threshold).any(dim=0)
+    down = ((case.decided.abs() > threshold) & case.stays).any(dim=0)
+    for weight, kept in zip(case.weights, (gated, gated, down), strict=True):
+        weight[~kept] = float("nan")
+    assert torch.equal(case.call(threshold, True, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("hostile", [0.0, float("inf"), float("nan"), 1e38, 1e-40])
+def test_hostile_scales(hostile: float) -> None:
+    """They touch the neuron they belong to, and no other."""
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4, products=True)
+    threshold = case.cut(0.5)
+    case.extra["preview_scale"][17, 3] = hostile
+    case.extra["preview_scale"][917, 3] = hostile
+    case.weights[2][17] = 0  # whatever is decided there
+    y = case.call(threshold, False, backend="triton")
+    assert case.error(y, threshold, False) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_an_input_that_is_not_finite(bad: float) -> None:
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, bits=4)
+    threshold = case.cut(0.5)
+    case.x[0, 77] = bad
+    arguments = (case.x, *case.weights, threshold, case.act, None, None, None)
+    expected = gated_mlp_reference(*arguments, *case.extra.values())
+    assert torch.equal(case.call(threshold, False, backend="triton").isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("method", ["energy", "product"])
+def test_auto_takes_it_for_previews_where_cuda_does_not_serve(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (backend, cuda):
+        monkeypatch.setattr(module, "why_not_cuda", lambda device: "an older GPU")
+    tokenizer = hub.load_tokenizer("default")
+    windows = load_windows(hub.bundled_text("calibration"), tokenizer, tokens=4096, seq_len=256)
+    model = hub.load_dense_model("default").float().cuda()
+    calibration = catsparse.calibrate(model, windows, preview=4, progress=False)
+    catsparse.sparsify(model, calibration, 0.5, method)
+    words = "the triton kernel (an older GPU; torch would read all for a preview"
+    assert catsparse.explain(model).count(words) == len(sparse_modules(model))
+    ids = windows[:1, :4].cuda()
+    with torch.no_grad():
+        logits = model(ids).logits
+        catsparse.set_backend(model, "torch")
+        expected = model(ids).logits
+    assert float((logits - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_what_the_cuda_kernel_does_not_take_runs_here() -> None:
