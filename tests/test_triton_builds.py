@@ -160,7 +160,7 @@ def test_second_decision(gpu: str) -> None:
                 "BLOCK_H": hidden,
                 "BLOCK_L": kernels.LIST_BLOCK,
                 "EVEN": True,
-                "ROWS": plan.rows,
+                "ROWS": kernels.kept_rows(plan, kernels.DTYPES[0]),
                 "PDL": early(gpu),
             }
             constants |= {"gate": None} if preview else {}

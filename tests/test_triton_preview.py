@@ -372,6 +372,40 @@ def test_sizes_that_are_not_taken() -> None:
 # On the way there
 
 
+def test_amd_gets_no_options_of_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    case = previewed(70, 21, 2)
+    launch = kernels._Launch.of(Call(*case.arguments))
+    assert launch.options == {"num_warps": 8, "maxnreg": launch.plan.registers}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch.options == {"num_warps": 8}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    kernels._launches_early.cache_clear()
+    try:
+        assert not kernels._launches_early(torch.device("cuda", 0))
+    finally:
+        kernels._launches_early.cache_clear()
+
+
+def test_which_gpus_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    for hip, cuda_version, capability, why in (
+        (None, None, (9, 0), "torch was built without CUDA"),
+        (None, "13.0", (7, 5), "GPU is older than compute capability 8.0"),
+        (None, "13.0", (8, 0), None),
+        ("6.4", None, (9, 4), None),
+    ):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.version, "cuda", cuda_version)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
+        assert kernels.why_not_triton(gpu) == why
+    assert kernels.why_not_triton(torch.device("cpu")) == "no kernel for cpu"
+
+
 @inside
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 def test_the_op_comes_here_where_cuda_does_not_serve(

@@ -2,7 +2,7 @@
 
 They are a copy of what follows from the weights, so the file holds SHA-256 of the very weights that
 each was made of; a preview of other weights, or of these in another dtype, is not taken, and made
-from the weights at hand as without the file. On a GPU they are always made: it takes no time.
+from the weights at hand as without the file. On a GPU they are always made.
 """
 
 from __future__ import annotations

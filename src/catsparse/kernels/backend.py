@@ -57,8 +57,7 @@ class Choice:
 class Decisions:
     """What a layer decides by beside its exact gate: a preview, and a second time on the product.
 
-    With either torch reads all of the weights and more, so that a kernel needs no measurement to be
-    preferred.
+    With either torch still reads all of the weights, and unpacks the whole preview at each call.
     """
 
     preview: PreviewKind | None = None

@@ -74,6 +74,11 @@ def preview_rows(tokens: int) -> int:
     return 16 if tokens == 1 else 8
 
 
+def kept_rows(plan: Plan, dtype: torch.dtype) -> int:
+    """Rows in half a tile of exact rows of what was decided ahead."""
+    return max(1, plan.rows * 2 // dtype.itemsize)
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """Why ``device`` cannot run the kernels; None if it can."""
     if device.type != "cuda":
@@ -297,7 +302,7 @@ def _read_kept(
         BLOCK_H=launch.block,
         BLOCK_L=min(LIST_BLOCK, triton.next_power_of_2(triton.cdiv(neurons, launch.programs))),
         EVEN=launch.block == hidden == columns,
-        ROWS=launch.plan.rows,
+        ROWS=kept_rows(launch.plan, x.dtype),
         PDL=bool(launch.early),
         **launch.options,
     )
