@@ -15,7 +15,7 @@ from torch import Tensor
 
 import catsparse
 import tiny
-from catsparse import CatsparseError, bench, modules
+from catsparse import CatsparseError, bench, modules, weights
 from catsparse.bench import checks, decode, op, peers, rows, shapes
 from catsparse.footprint import preview_bytes
 from catsparse.kernels import gated_mlp_reference
@@ -411,6 +411,21 @@ def test_decode_of_method_product() -> None:
     assert found[3].bytes_skipped == pytest.approx(0.7 - copies, abs=0.09)
     assert torch.equal(module.catsparse_threshold, before[0])
     assert torch.equal(module.catsparse_preview, before[1])
+
+
+def test_decode_where_the_preview_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model does then: the exact product decides, all of gate and up is read."""
+    model = tiny.build(tiny.llama_config())
+    calibration = catsparse.calibrate(model, tiny.tokens(8, 32, 7), preview=4, progress=False)
+    choose = weights.choose_backend
+    monkeypatch.setattr(
+        weights, "choose_backend", lambda *a: replace(choose(*a), without_preview="no room")
+    )
+    catsparse.sparsify(model, calibration, 0.5)
+    found = bench.bench_decode(model, "tiny", [0.6], tiny.tokens(1, 4), 8, 1)
+    by_impl = {(r.impl, r.sparsity): r.bytes_skipped for r in found}
+    assert {impl for impl, _ in by_impl} == {"dense", "catsparse"}
+    assert by_impl["catsparse", 0.6] == pytest.approx(0.6 / 3, abs=0.05)
 
 
 def test_experts_have_no_known_byte_limit(sparse_model: Any) -> None:

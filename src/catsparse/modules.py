@@ -101,7 +101,6 @@ class SparseMLP(Derived):
     def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
-        threshold, product = self.catsparse_threshold, self.catsparse_product_threshold
         preview, scale = self.catsparse_preview, self.catsparse_preview_scale
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
@@ -112,9 +111,7 @@ class SparseMLP(Derived):
                 w_down_t = self.down_transposed()
             if not self.previews(x.numel() // x.shape[-1]):
                 preview = scale = None
-        if preview is None and self.catsparse_of_products:
-            # On the exact product decides a second decision, behind a gate that keeps all.
-            threshold, product = threshold.new_full((), -1.0), threshold
+        threshold, product = self.limits(preview)
         return op(
             x,
             w_gate,
@@ -128,6 +125,15 @@ class SparseMLP(Derived):
             preview,
             scale,
         )
+
+    def limits(self, preview: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The op's threshold and product threshold where ``preview``, or without one the exact
+        weights, decide. On the exact product a second decision does, behind a gate that keeps all.
+        """
+        threshold = self.catsparse_threshold
+        if preview is None and self.catsparse_of_products:
+            return threshold.new_full((), -1.0), threshold
+        return threshold, self.catsparse_product_threshold
 
     def previews(self, tokens: int) -> bool:
         """Whether a preview, if there is one, decides in a call of so few tokens: not where dense

@@ -138,9 +138,10 @@ def _expected(name: str, module: SparseMLP | SparseLinear, x: Tensor) -> Tensor:
         )
     gate, up, down = (w.detach().float() for w in weights)
     bias = None if module.catsparse_mean is None else down @ module.catsparse_mean
+    threshold, product = module.limits(module.catsparse_preview)
     return gated_mlp_reference(
         x.float(),
-        *(gate, up, down.t(), module.catsparse_threshold, module.site_act),
-        *(module.catsparse_mean, bias, module.catsparse_product_threshold),
+        *(gate, up, down.t(), threshold, module.site_act),
+        *(module.catsparse_mean, bias, product),
         *(module.catsparse_preview, module.catsparse_preview_scale),
     )

@@ -228,9 +228,7 @@ class FusedStep:
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
         if not module.previews(len(self._x)):
             preview = scale = None  # the exact weights decide, as in the module
-        threshold, product = module.catsparse_threshold, module.catsparse_product_threshold
-        if preview is None and module.catsparse_of_products:
-            threshold, product = self._keep_all, threshold  # a second decision on the exact product
+        threshold, product = module.limits(preview)
         compensation = module.catsparse_mean, module.catsparse_bias
         return _Weights(down_t, threshold, *compensation, product, preview, scale)
 
