@@ -187,3 +187,11 @@ def test_refusals() -> None:
         recalibrate(tiny.build(tiny.llama_config()), DATA, progress=False)
     with pytest.raises(CatsparseError, match="no calibration token"):
         recalibrate(sparse(method="energy"), [], progress=False)
+
+
+def test_dropped_inputs_are_refused() -> None:
+    model = tiny.build(tiny.llama_config())
+    calibration = catsparse.calibrate(model, DATA, progress=False, inputs="attention")
+    catsparse.sparsify(model, calibration, 0.5, "energy", scope="all")
+    with pytest.raises(catsparse.CatsparseError, match="sparsify with scope mlp"):
+        recalibrate(model, DATA, progress=False)

@@ -145,7 +145,8 @@ def decided_by_reference(call: Call) -> Tensor:
 def masks(call: Call) -> Tensor:
     """``[T, I]`` as the first launch decides."""
     kept, _ = kernels._decide(call, kernels._Launch.of(call))
-    return (kept >> torch.arange(len(call.x))[:, None] & 1).bool()
+    tokens = torch.arange(len(call.x), device=kept.device)
+    return (kept >> tokens[:, None] & 1).bool()
 
 
 @inside

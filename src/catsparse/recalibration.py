@@ -56,11 +56,7 @@ def recalibrate(
             activations are not finite, or weights that a preview or products need cannot be read.
     """
     config, owner = state_of(model).config, state_owner(model)
-    if config.inputs:
-        raise CatsparseError(
-            "thresholds on inputs of linear layers cannot be set anew; sparsify with scope mlp and "
-            f"a method of {', '.join((*GATE_METHODS, PRODUCT))}"
-        )
+    refuse_inputs(config)
     modules = sparse_modules(owner)
     sites = sites_of(owner)
     dtype = dtype or str(next(owner.parameters()).dtype).removeprefix("torch.")
@@ -86,6 +82,18 @@ def recalibrate(
             run.begin_products(GateDecision(config.sparsity, config.method))
             read("gathering products")
     return run.finish(keep_checkpoint=False)
+
+
+def refuse_inputs(config: SparsityConfig) -> None:
+    """
+    Raises:
+        CatsparseError: inputs of linear layers are dropped, whose thresholds cannot be set anew.
+    """
+    if config.inputs:
+        raise CatsparseError(
+            "thresholds on inputs of linear layers cannot be set anew; sparsify with scope mlp and "
+            f"a method of {', '.join((*GATE_METHODS, PRODUCT))}"
+        )
 
 
 def sites_of(model: Any) -> list[Site]:

@@ -19,7 +19,13 @@ from .. import hub
 from ..config import SparsityConfig
 from ..errors import CatsparseError
 from ..modules import sparse_modules
-from ..recalibration import hold_thresholds, recalibrate, set_thresholds, sites_of
+from ..recalibration import (
+    hold_thresholds,
+    recalibrate,
+    refuse_inputs,
+    set_thresholds,
+    sites_of,
+)
 from ..surgery import run_dense, state_of, state_owner
 from .baselines import run_baseline
 from .counting import SparsityLog
@@ -101,8 +107,9 @@ def finetune(
         keep_checkpoints: leave the Trainer's checkpoints in ``output/checkpoints``.
 
     Raises:
-        CatsparseError: PEFT or accelerate are missing, the model is dense or holds adapters, a
-            sequence is longer than its context, or the loss is not finite.
+        CatsparseError: PEFT or accelerate are missing, the model is dense, holds adapters or drops
+            inputs of linear layers, a sequence is longer than its context, or the loss is not
+            finite.
     """
     require_packages()
     output, state, model = Path(output), state_of(model), state_owner(model)
@@ -110,6 +117,7 @@ def finetune(
         raise CatsparseError(
             "the model holds a PEFT adapter already; load it with merge_adapter=True first"
         )
+    refuse_inputs(state.config)
     check_context(model, examples)
     sites = sites_of(model)
     targets = [] if options.full else adapter_targets(model, sites, options.targets)
