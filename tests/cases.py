@@ -136,8 +136,11 @@ def _thresholds(magnitudes: NDArray[np.float64], per_neuron: bool, period: int) 
     cut: Any = _gap(magnitudes.ravel())
     if per_neuron and len(magnitudes) > 1:
         cut = [_gap(m) for m in magnitudes.T]
-    elif per_neuron:  # drops every second, or third, neuron
-        cut = [m * (0.9 if i % period else 1.1) for i, m in enumerate(magnitudes[0])]
+    elif per_neuron:  # drops every second, or third, neuron, and what rounding could decide
+        cut = [
+            m * 0.9 if i % period and m > 0.01 else m * 1.1 + 0.01
+            for i, m in enumerate(magnitudes[0])
+        ]
     return torch.tensor(cut, dtype=torch.float32)
 
 

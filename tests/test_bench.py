@@ -413,6 +413,22 @@ def test_decode_of_method_product() -> None:
     assert torch.equal(module.catsparse_preview, before[1])
 
 
+def test_decode_of_all_linears_says_so() -> None:
+    """Attention's inputs count, too: by hand, the same share of all weights."""
+    model = tiny.build(tiny.llama_config())
+    calibration = catsparse.calibrate(
+        model, tiny.tokens(8, 32, 7), inputs="attention", progress=False
+    )
+    catsparse.sparsify(model, calibration, 0.5, scope="all")
+    found = bench.bench_decode(model, "tiny", [0.6], tiny.tokens(1, 4), 8, 1)
+    assert {row.name for row in found} == {"tiny, all linears"}
+    layer = model.model.layers[0]
+    mlp = sum(p.numel() for p in layer.mlp.parameters())
+    attention = sum(p.numel() for p in layer.self_attn.parameters() if p.dim() == 2)
+    expected = 0.6 * (2 / 3 * mlp + attention) / (mlp + attention)
+    assert found[-1].bytes_skipped == pytest.approx(expected, abs=0.09)
+
+
 def test_decode_where_the_preview_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model does then: the exact product decides, all of gate and up is read."""
     model = tiny.build(tiny.llama_config())

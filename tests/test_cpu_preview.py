@@ -107,9 +107,9 @@ def test_the_cases_tell_the_decisions_apart() -> None:
 def test_every_value_meets_its_input(kernel: Any, bits: int, dtype: torch.dtype) -> None:
     """Weight j of neuron j is the only one: |preview| must be its value, at every place and n."""
     hidden = 200
-    values = 2 ** (bits - 1) - 1 - torch.arange(hidden) % (2**bits - 1)
+    values = 2 ** (bits - 1) - 1 - torch.arange(hidden) % 2**bits
     weight = torch.diag(values.to(dtype)) * 0.5
-    packed, scale = make_preview(torch.eye(hidden, dtype=dtype) * (2 ** (bits - 1) - 1) * 0.5, bits)
+    packed, scale = make_preview(-torch.eye(hidden, dtype=dtype) * 2 ** (bits - 1) * 0.5, bits)
     n = values + 2 ** (bits - 1)
     for j in range(hidden):
         if bits == 8:
@@ -172,7 +172,7 @@ def test_each_token_has_its_own_masks(kernel: Any, layout: str) -> None:
     up = one / x[-1]
     down = LAYOUTS[layout](torch.eye(neurons))
     y = kernel(x, one, up, down, first, "relu", None, None, second / 16, packed, scale)
-    decided = 7 * float(scale[0, 0]) * x  # 1 is rounded to so much
+    decided = -8 * float(scale[0, 0]) * x  # 1 is rounded to so much
     h = x * x / 16
     assert torch.equal(y, torch.where((decided > first) & (h > second / 16), h, 0.0))
 

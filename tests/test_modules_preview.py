@@ -44,14 +44,21 @@ def sparse(
 
 
 def preview_by_hand(w: Tensor, bits: int) -> Tensor:
-    """Symmetric, to nearest, in groups of 64 inputs: scale rounded up to 9 - bits bits."""
-    most = 2 ** (bits - 1) - 1
+    """To nearest in groups of 64 inputs: the extreme over the lowest number, away from zero to
+    9 - bits significant bits; in 4 bits the best of three such scales."""
+    least = 2 ** (bits - 1)
     groups = []
     for group in w.float().split(64, dim=1):
-        scale = group.abs().amax(1, keepdim=True).double() / most
-        step = 2.0 ** (scale.log2().floor() - (8 - bits))
-        scale = ((scale / step).ceil() * step).float()
-        groups.append((group / scale).round().clamp(-most, most) * scale)
+        low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+        reach = torch.where(high > -low, -high, -low).double() / least
+        tries = []
+        for part in (1, 0.94, 0.88) if bits == 4 else (1,):
+            step = 2.0 ** ((reach * part).abs().log2().floor() - (8 - bits))
+            scale = ((reach * part).abs() / step).ceil() * step * reach.sign()
+            tries.append((group / scale).round().clamp(-least, least - 1) * scale)
+        missed = torch.stack([(t - group).square().sum(1) for t in tries])
+        best = missed.argmin(0)
+        groups.append(torch.stack(tries)[best, torch.arange(len(w))].to(w.dtype))
     return torch.cat(groups, 1)
 
 

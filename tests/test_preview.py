@@ -19,34 +19,35 @@ from catsparse.kernels.preview import (
 )
 
 
-def steps(hidden: int, most: int) -> torch.Tensor:
-    """``[2, H]`` of whole numbers up to ``most``, which each group has: scales are 1."""
-    row = torch.arange(hidden) * 5 % (2 * most + 1) - most
-    row[::GROUP] = most
+def steps(hidden: int, least: int) -> torch.Tensor:
+    """``[2, H]`` of whole numbers of magnitude below ``least``, and in each group one of it:
+    scales are 1, or -1 where that one is positive."""
+    row = torch.arange(hidden) * 5 % (2 * least - 1) - least + 1
+    row[::GROUP] = -least
     return torch.stack([row, -row]).float()
 
 
 def test_four_bits_byte_by_byte() -> None:
     """Byte j of a group's 32 holds input j low and input j + 32 high, each plus 8."""
-    w = steps(100, 7)
+    w = steps(100, 8)
     packed, scale = make_preview(w, 4)
     assert (packed.dtype, scale.dtype) == (torch.uint8, torch.bfloat16)
     assert packed.shape == (2, 64)
     for i in range(2):
-        padded = w[i].int().tolist() + [0] * 28
+        padded = w[0].int().tolist() + [0] * 28  # of row 1 the scale's sign, not the numbers
         for group in range(2):
             for j in range(32):
                 low, high = padded[64 * group + j], padded[64 * group + j + 32]
                 assert int(packed[i, 32 * group + j]) == (low + 8) + 16 * (high + 8)
-    assert scale.tolist() == [[1, 1] + [0] * 6] * 2
+    assert scale.tolist() == [[1, 1] + [0] * 6, [-1, -1] + [0] * 6]
 
 
 def test_eight_bits_byte_by_byte() -> None:
-    w = steps(100, 127)
+    w = steps(100, 128)
     packed, scale = make_preview(w, 8)
-    padded = torch.cat([w, torch.zeros(2, 28)], 1)
-    assert packed.tolist() == (padded.int() + 128).tolist()
-    assert scale.tolist() == [[1, 1] + [0] * 6] * 2
+    padded = w[0].int().tolist() + [0] * 28
+    assert packed.tolist() == [[n + 128 for n in padded]] * 2
+    assert scale.tolist() == [[1, 1] + [0] * 6, [-1, -1] + [0] * 6]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -75,11 +76,44 @@ def test_of_products_it_is_both_weights() -> None:
 
 
 def test_by_hand() -> None:
-    """One group: the largest weight over 7, rounded up to 5 significant bits."""
-    packed, scale = make_preview(torch.tensor([[0.9, -0.25, 0.08, -0.06, 2.1]]), 4)
-    assert float(scale[0, 0]) == 0.3125  # 0.3 is 19.2 / 64
-    assert [int(n) & 15 for n in packed[0, :6]] == [8 + 3, 8 - 1, 8, 8, 8 + 7, 8]
+    """One group: the extreme over -8, away from zero to 5 significant bits."""
+    packed, scale = make_preview(torch.tensor([[0.81, -0.25, 0.08, -0.06, 2.1]]), 4)
+    assert float(scale[0, 0]) == -0.265625  # -0.2625 is -16.8 / 64; clipping would miss by more
+    assert [int(n) & 15 for n in packed[0, :6]] == [8 - 3, 8 + 1, 8, 8, 8 - 8, 8]
     assert all(int(n) >> 4 == 8 for n in packed[0])
+
+
+def test_clips_where_that_misses_by_less() -> None:
+    """Steps of 1 reach the extreme, 8, but the rest lies half-way between two of them."""
+    w = torch.full((1, 64), 3.5)
+    w[0, 0] = 8.0
+    packed, scale = make_preview(w, 4)
+    best = min(
+        (1.0, 0.94, 0.88),
+        key=lambda c: missed(w, -torch.tensor(c).mul(32).ceil().div(32).item()),
+    )
+    assert best < 1
+    assert float(scale[0, 0]) == -torch.tensor(best).mul(32).ceil().div(32).item()
+    copy = dequantize(packed, scale, 64, torch.float32)
+    assert float((copy - w).square().sum()) == pytest.approx(missed(w, float(scale[0, 0])))
+    assert float((copy - w).square().sum()) < missed(w, -1.0)
+
+
+def missed(w: torch.Tensor, scale: float) -> float:
+    """The sum of squared errors of one group in 4 bits, by loops."""
+    return sum((v - scale * min(7, max(-8, round(v / scale)))) ** 2 for v in w[0].tolist())
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (-1, 1)])
+def test_least_error_of_a_gaussian(signs: tuple[int, int]) -> None:
+    """4 bits miss less than symmetric steps up to the extreme would, whatever the signs."""
+    torch.manual_seed(0)
+    w = torch.randn(64, 256).abs() * torch.tensor(signs).repeat(64, 128)
+    copy = dequantize(*make_preview(w, 4), 256, torch.float32)
+    groups = w.view(64, 4, 64)
+    step = groups.abs().amax(-1, keepdim=True) / 7
+    symmetric = (groups / step).round() * step
+    assert (copy - w).norm() < 0.87 * (symmetric.view_as(w) - w).norm()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -117,16 +151,21 @@ def test_bits_from_the_shape(hidden: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_within_half_a_step(bits: int, dtype: torch.dtype) -> None:
-    """Of the scale, which is at most 1/16 above the least that reaches the largest weight (one
-    part in 2^(8 - bits) of rounding up; 8 bits leave it only one significant bit)."""
+    """Of the scale, unless clipped; which is at most one part in 2^(8 - bits) above what reaches
+    the extreme, or above 0.88 of it in 4 bits (8 bits leave a scale one significant bit)."""
     w = (torch.randn(50, 200) * torch.logspace(-3, 3, 50)[:, None]).to(dtype).float()
     packed, scale = make_preview(w.to(dtype), bits)
     copy = dequantize(packed, scale, 200, torch.float32)
     step = scale[:, :4].float().repeat_interleave(64, 1)[:, :200]
-    assert ((copy - w).abs() <= step / 2 * (1 + 1e-6)).all()
-    groups = torch.nn.functional.pad(w, (0, 56)).view(50, 4, 64).abs().amax(-1)
-    ratio = scale[:, :4].float() * (2 ** (bits - 1) - 1) / groups
-    assert (ratio >= 1 - 1e-6).all()
+    least = 2 ** (bits - 1)
+    reached = (-least - 0.5 <= w / step) & (w / step <= least - 0.5)
+    assert reached.float().mean() > 0.98
+    assert ((copy - w).abs() <= step.abs() / 2 * (1 + 1e-6))[reached].all()
+    assert torch.equal(copy[~reached], (step * (w / step).clamp(-least, least - 1))[~reached])
+    groups = torch.nn.functional.pad(w, (0, 56)).view(50, 4, 64)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    ratio = scale[:, :4].float() * -least / extreme
+    assert (ratio >= (0.88 if bits == 4 else 1) - 1e-6).all()
     assert (ratio <= 1 + 2.0 ** -(8 - bits)).all()
 
 

@@ -170,9 +170,9 @@ def test_masks_are_the_references_bit_for_bit(bits: int, products: bool) -> None
 def test_every_value_meets_its_input(bits: int) -> None:
     """Input j is 1 in token 0 alone, and only weight j of neuron j is not zero."""
     hidden = 600 if bits == 4 else 300
-    values = 2 ** (bits - 1) - 1 - torch.arange(hidden) % (2**bits - 1)
+    values = 2 ** (bits - 1) - 1 - torch.arange(hidden) % 2**bits
     weight = torch.diag(values.float())
-    packed, scale = make_preview(torch.eye(hidden) * (2 ** (bits - 1) - 1), bits)
+    packed, scale = make_preview(-torch.eye(hidden) * 2 ** (bits - 1), bits)
     assert bool((scale[torch.arange(hidden), torch.arange(hidden) // 64] == 1).all())
     n = (values + 2 ** (bits - 1)).to(torch.uint8)
     whole = packed.shape[1] // 256 * 256
@@ -221,7 +221,7 @@ def test_each_token_has_its_own_masks() -> None:
     second = torch.where(torch.arange(neurons) % 3 == 0, KEEP, low + 2)
     packed, scale = make_preview(one, 4)
     y = run(x, one, one, torch.eye(neurons), first, "relu", None, None, second, packed, scale)
-    decided = 7 * float(scale[0, 0]) * x  # 1 is rounded to so much
+    decided = -8 * float(scale[0, 0]) * x  # 1 is rounded to so much
     assert torch.equal(y, torch.where((decided > first) & (x * x > second), x * x, 0.0))
 
 

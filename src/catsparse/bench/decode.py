@@ -71,7 +71,7 @@ def bench_decode(
 
     Args:
         model: a sparse model that holds its calibration.
-        name: what the rows call it.
+        name: what the rows call it; see :class:`Row`.
         prompt: ``[B, T]`` token ids.
         compiled: also decode dense by the model's own forward, compiled; needs a GPU.
         advance: called after every generation.
@@ -284,6 +284,8 @@ def _rows(
     model: Any, name: str, variants: list[Variant], probe: Probe, prompt: Tensor
 ) -> list[Row]:
     total, of_sparse = bytes_per_token(model)
+    if state_of(model).config.scope == "all":
+        name = f"{name}, all linears"
     batch, context = prompt.shape
     rates = [(v, quantiles([batch / s for s in v.intervals])) for v in variants]
     best = max(q[1] for v, q in rates if v.sparsity == 0)

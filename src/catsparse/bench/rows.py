@@ -33,7 +33,8 @@ class Row:
 
     Attributes:
         what: ``op`` (times in microseconds) or ``decode`` (tokens/s).
-        name: shape, config or model.
+        name: shape, config or model; of scope ``all`` with ``, all linears`` behind it. Dense is
+            then of the same weights, attention's by input, which our own step reads slower.
         impl: ``dense``: torch; in ``decode`` rows from a GPU, our step. ``dense_compiled``, on GPUs
             only: gate and up in one matrix, torch.compile; in ``decode`` rows the compiled step.
             ``transformers``: dense in its own loop, for ``decode`` on GPUs. ``catsparse``: at
@@ -45,8 +46,8 @@ class Row:
         tokens: tokens a call, or sequences of a decode step.
         context: tokens of the prompt before a decode step; 0 for ``op``.
         sparsity: fraction of neurons dropped.
-        bytes_skipped: fraction of the MLP's weight bytes that is not read; 0 where torch's dense
-            matmuls serve the call. For a peer: what it might have skipped.
+        bytes_skipped: fraction of the MLP's (or all linears') weight bytes that is not read; 0
+            where torch's dense matmuls serve the call. For a peer: what it might have skipped.
         p20, p50, p80: order statistics over the rounds.
         limit: what reading the bytes alone would take at the bandwidth probed in the run.
         of_limit: time over limit (op) or rate over limit (decode).
