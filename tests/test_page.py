@@ -8,19 +8,23 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 
 import catsparse
 import pages
 import tiny
 from catsparse import CatsparseError, hub
+from catsparse.config import SparsityConfig
 from catsparse.page import ASSETS, SCRIPTS, render, write_page
-from catsparse.page.levels import POSITIONS
+from catsparse.page.levels import POSITIONS, histograms
 from catsparse.page.numbers import exact, portable, rounded
 from catsparse.page.payload import gather, short_names
 from command import run
@@ -91,6 +95,109 @@ def test_the_slider_has_the_sparse_models_bytes(tmp_path: Path, scope: str) -> N
         assert shown["bytes"][at] == pytest.approx(config.bytes_skipped, rel=1e-5)
         assert shown["dropped"][at] == pytest.approx(config.measured_sparsity, rel=1e-5)
         catsparse.densify(model)
+
+
+def test_the_saved_thresholds_are_those_of_the_files(payload: dict[str, Any], folder: Path) -> None:
+    config = SparsityConfig.from_file(folder / "catsparse.json")
+    assert payload["start"] == 50
+    with safe_open(folder / "calibration.safetensors", framework="numpy") as file:
+        for layer in payload["layers"]:
+            site = config.sites[layer["name"]]
+            values = file.get_tensor(f"{layer['name']}.threshold")
+            assert layer["saved"]["scalar"] == pytest.approx(site.threshold, rel=1e-6)
+            assert np.float32(layer["saved"]["middle"]) in values
+            assert layer["saved"]["sparsity"] == pytest.approx(site.sparsity, rel=1e-5)
+
+
+def test_predicted_losses_are_the_tables(payload: dict[str, Any], folder: Path) -> None:
+    _, _, calibration = hub.read_artifact(str(folder))
+    assert calibration is not None
+    table = calibration.sensitivities
+    assert table is not None
+    shown = payload["sensitivities"]
+    assert shown["why_not"] is None
+    assert shown["grid"] == list(pages.GRID)
+    for k, name in enumerate(table.losses):
+        curve = shown["predicted"][k]
+        assert curve[0] == 0
+        measured = np.maximum.accumulate(table.losses[name].numpy())
+        for point, loss in zip(pages.GRID, measured, strict=True):  # through what was measured
+            assert curve[round(100 * point)] == pytest.approx(loss, rel=1e-5)
+        assert all(a <= b for a, b in pairwise(curve[:91]))
+        assert curve[91:] == [None] * 7  # the table ends at 90%
+    config = hub.read_artifact(str(folder))[0]
+    saved = sum(
+        float(table.curve(name, torch.tensor([site.sparsity], dtype=torch.float64)))
+        for name, site in config.sites.items()
+    )
+    assert shown["saved"] == pytest.approx(saved, rel=1e-5)
+
+
+def test_no_prediction_from_another_methods_table(tmp_path: Path) -> None:
+    made = pages.make_folder(tmp_path)
+    model = hub.load(made)
+    calibration = model.catsparse.calibration
+    catsparse.sparsify(catsparse.densify(model), calibration, 0.5, "cats", compensate=False)
+    catsparse.save(model, tmp_path / "cats")
+    shown = gather(tmp_path / "cats", progress=False)["sensitivities"]
+    assert shown.keys() == {"why_not"}
+    assert "measured with energy, compensated, not with cats, uncompensated" in shown["why_not"]
+
+
+def test_a_saved_sparsity_beyond_the_table_predicts_nothing(tmp_path: Path) -> None:
+    shown = gather(pages.make_folder(tmp_path, sparsity=0.95), progress=False)
+    assert shown["sensitivities"]["saved"] is None
+
+
+def test_a_second_decision_is_left_out_of_the_slider(tmp_path: Path) -> None:
+    made = pages.make_folder(tmp_path, table=False, sparsity=0.5, down_sparsity=0.7)
+    shown = gather(made, progress=False)
+    assert shown["model"]["down_asked"] == 0.7
+    # Two thirds of what the gate drops, and nothing else.
+    at = shown["start"]
+    assert shown["levels"]["bytes"][at] == pytest.approx(
+        2 / 3 * shown["levels"]["dropped"][at], rel=1e-5
+    )
+    assert shown["model"]["bytes"] > shown["levels"]["bytes"][at] + 0.05
+
+
+@torch.no_grad()
+def test_histograms_against_the_activations(payload: dict[str, Any]) -> None:
+    model = tiny.build(tiny.llama_config())
+    seen: list[list[np.ndarray]] = []
+    for layer in model.model.layers:
+        seen.append([])
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda m, a, out, into=seen[-1]: into.append(F.silu(out).abs().flatten().numpy())
+        )
+    model(input_ids=tiny.tokens(8, 32, seed=7), use_cache=False)
+    edges = np.array(payload["histograms"]["edges"])
+    assert (np.diff(edges) > 0).all()
+    for k, parts in enumerate(seen):
+        values = np.concatenate(parts)
+        counts, _ = np.histogram(values, edges)
+        # Batches of another size sum in another order: one value may cross an edge.
+        near = {"abs": 1.5 / len(values), "rel": 1e-3}
+        shown = payload["histograms"]["shares"][k]
+        assert shown == pytest.approx(counts / len(values), **near)
+        below, above = payload["histograms"]["below"][k], payload["histograms"]["above"][k]
+        assert below == pytest.approx((values <= edges[0]).mean(), **near)
+        assert above == pytest.approx((values > edges[-1]).mean(), abs=1.5 / len(values))
+        assert sum(shown) + below + above == pytest.approx(1, abs=1e-3)
+
+
+def test_histograms_of_products_are_of_scores(tmp_path: Path) -> None:
+    made = pages.make_folder(tmp_path, method="product", preview=4, table=False, sparsity=0.6)
+    config, _, calibration = hub.read_artifact(str(made))
+    assert calibration is not None
+    shown = histograms(config, calibration)
+    edges = np.array(shown["edges"])
+    for k, name in enumerate(config.sites):
+        # Below the one threshold on scores lies what is dropped.
+        site = config.sites[name]
+        bar = int(np.searchsorted(edges, site.threshold))
+        least = shown["below"][k] + sum(shown["shares"][k][: bar - 1])
+        assert least - 1e-3 <= site.sparsity <= least + shown["shares"][k][bar - 1] + 1e-3
 
 
 def test_inputs_of_linear_layers_beside_neurons(tmp_path: Path) -> None:
