@@ -42,20 +42,44 @@ STANDARD_TASKS = (*LOCAL_TASKS, "gsm8k")
 # Tokens of an automatic batch, halved for as long as memory is too small.
 _CPU_TOKENS, _GPU_TOKENS = 2048, 32768
 
-__all__ = ["LOCAL_TASKS", "STANDARD_TASKS", "TaskRow", "evaluate_tasks", "read_rows"]
+__all__ = [
+    "LOCAL_TASKS",
+    "STANDARD_TASKS",
+    "Task",
+    "TaskRow",
+    "evaluate_tasks",
+    "prepare_tasks",
+    "read_rows",
+    "score_task",
+]
 
-Run = Callable[[Batch, Callable[[int], object]], Outcome]
+Run = Callable[[Any, Batch, Callable[[int], object]], Outcome]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A task ready to run; ``total`` tokens, None where the harness alone knows."""
+class Task:
+    """A task ready to be scored; see :func:`prepare_tasks`.
+
+    Attributes:
+        name: of the task. source: ``local`` or ``lm_eval``.
+        examples: what stands for its examples in a row's key.
+        limit: at most so many of them; None for all.
+        total: tokens to score; None where the harness alone knows.
+        run: scores a model, in batches, and tells of each batch's tokens.
+    """
 
     name: str
     source: str
-    examples: str  # what stands for its examples in a row's key
+    examples: str
+    limit: int | None
     total: int | None
     run: Run
+
+    def key(self, weights: str, dtype: torch.dtype, sparse: str | None) -> str:
+        """Alike for the same task, examples, weights and, if ``sparse``, way to be sparse."""
+        return key_of(
+            *(self.name, self.source, self.examples, self.limit, weights, str(dtype), sparse)
+        )
 
 
 def evaluate_tasks(
@@ -93,24 +117,21 @@ def evaluate_tasks(
         CatsparseError: an unknown task, a file that is not of a task's form, no way to the
             harness's data, or a sparse layer that ran dense.
     """
-    if limit is not None and limit < 1:
-        raise CatsparseError(f"limit must be at least 1 example, not {limit}")
     if batch_size is not None and batch_size < 1:
         raise CatsparseError(f"batch_size must be at least 1, not {batch_size}")
     path = None if output is None else Path(output)
     known = {} if path is None else {row.key: row for row in read_rows(path)}
-    jobs = _jobs(model, tokenizer, tasks, None if folder is None else Path(folder), limit)
+    prepared = prepare_tasks(model, tokenizer, tasks, folder=folder, limit=limit)
     weights, rows = weights_digest(model), []
     thresholds = thresholds_digest(model) if sparse_modules(model) else None
     with evaluating(model), progress_bar(progress) as bar:
-        for job in jobs:
+        for task in prepared:
             dense: TaskRow | None = None
             for variant in ("dense", "sparse")[: 1 if thresholds is None else 2]:
-                parts = [job.name, job.source, job.examples, limit, weights, str(model.dtype)]
-                key = key_of(*parts, thresholds if variant == "sparse" else None)
+                key = task.key(weights, model.dtype, thresholds if variant == "sparse" else None)
                 row = known.get(key)
                 if row is None:
-                    row = _measured(model, job, key, limit, batch_size, dense, bar)
+                    row = score_task(model, task, key, dense, bar, batch_size)
                     if path is not None:
                         add_row(path, row)
                 rows.append(row)
@@ -118,25 +139,40 @@ def evaluate_tasks(
     return rows
 
 
-def _jobs(
-    model: Any, tokenizer: Any, tasks: str | list[str], folder: Path | None, limit: int | None
-) -> list[_Job]:
-    """Everything that can be wrong with the input is found here, before anything is scored."""
-    if folder is not None and not folder.is_dir():
-        raise CatsparseError(f"{folder} is no folder; name the one that holds the tasks' files")
-    jobs, manager = [], None
-    for name in _names(tasks, folder):
-        path = None if folder is None else find_file(name, folder)
+def prepare_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: str | list[str] = "all",
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+) -> list[Task]:
+    """Read the tasks' examples; arguments are those of :func:`evaluate_tasks`.
+
+    Returns:
+        The tasks in the order named, each once.
+
+    Raises:
+        CatsparseError: everything that can be wrong with this input, before anything is scored.
+    """
+    if limit is not None and limit < 1:
+        raise CatsparseError(f"limit must be at least 1 example, not {limit}")
+    root = None if folder is None else Path(folder)
+    if root is not None and not root.is_dir():
+        raise CatsparseError(f"{root} is no folder; name the one that holds the tasks' files")
+    prepared, manager = [], None
+    for name in _names(tasks, root):
+        path = None if root is None else find_file(name, root)
         if path is not None:
-            jobs.append(_local_job(model, tokenizer, read_task(name, path, limit)))
+            prepared.append(_local_task(model, tokenizer, read_task(name, path, limit), limit))
             continue
         if (reason := harness.why_not_harness()) is not None:
-            place = "no --tasks-data was given" if folder is None else f"{folder} has no file of it"
+            place = "no --tasks-data was given" if root is None else f"{root} has no file of it"
             raise CatsparseError(f"cannot run the task {shorten(name)}: {place}, and {reason}")
-        manager = manager or harness.task_manager(folder)
+        manager = manager or harness.task_manager(root)
         harness.check_name(name, manager)
-        jobs.append(_harness_job(model, tokenizer, name, manager, limit))
-    return jobs
+        prepared.append(_harness_task(tokenizer, name, manager, limit))
+    return prepared
 
 
 def _names(tasks: str | list[str], folder: Path | None) -> list[str]:
@@ -153,37 +189,51 @@ def _names(tasks: str | list[str], folder: Path | None) -> list[str]:
     return names
 
 
-def _local_job(model: Any, tokenizer: Any, task: LocalTask) -> _Job:
+def _local_task(model: Any, tokenizer: Any, task: LocalTask, limit: int | None) -> Task:
     window = context_window(model, tokenizer)
     pairs = encode_pairs([p for example in task.examples for p in example.pairs], tokenizer)
     truncated = sum(is_truncated(pair, window) for pair in pairs)
 
-    def run(batch: Batch, advance: Callable[[int], object]) -> Outcome:
+    def run(model: Any, batch: Batch, advance: Callable[[int], object]) -> Outcome:
         scores = loglikelihoods(model, pairs, window, batch, advance)
         return judge_task(task, scores, truncated)
 
-    return _Job(task.name, "local", task.digest, count_tokens(pairs, window), run)
+    return Task(task.name, "local", task.digest, limit, count_tokens(pairs, window), run)
 
 
-def _harness_job(model: Any, tokenizer: Any, name: str, manager: Any, limit: int | None) -> _Job:
-    def run(batch: Batch, advance: Callable[[int], object]) -> Outcome:
+def _harness_task(tokenizer: Any, name: str, manager: Any, limit: int | None) -> Task:
+    def run(model: Any, batch: Batch, advance: Callable[[int], object]) -> Outcome:
         return harness.run_task(model, tokenizer, name, manager, limit, batch, advance)
 
-    return _Job(name, "lm_eval", f"lm_eval {harness.harness_version()}", None, run)
+    return Task(name, "lm_eval", f"lm_eval {harness.harness_version()}", limit, None, run)
 
 
-def _measured(
+def score_task(
     model: Any,
-    job: _Job,
+    task: Task,
     key: str,
-    limit: int | None,
-    batch_size: int | None,
     dense: TaskRow | None,
     bar: Progress,
+    batch_size: int | None = None,
 ) -> TaskRow:
-    """The dense row, or the sparse one that belongs to ``dense``."""
+    """Score a model in evaluation mode.
+
+    Args:
+        model: the one that ``task`` was prepared for, sparse or dense.
+        task: of :func:`prepare_tasks`.
+        key: of the row.
+        dense: None to score the model dense; to score it sparse, its dense row.
+        bar: gets a line for the time that it takes.
+        batch_size: texts a forward pass; None finds it.
+
+    Returns:
+        The dense row, or the sparse one that belongs to ``dense``.
+
+    Raises:
+        CatsparseError: no way to the harness's data, or a sparse layer that ran dense.
+    """
     variant = "dense" if dense is None else "sparse"
-    line = bar.add_task(f"{job.name} {variant}", total=job.total)
+    line = bar.add_task(f"{task.name} {variant}", total=task.total)
 
     def attempt(size: int) -> tuple[Outcome, SparsityMeter | None]:
         bar.reset(line)
@@ -192,19 +242,18 @@ def _measured(
             meter = stack.enter_context(scored_sparse(model)) if dense is not None else None
             if dense is None:
                 stack.enter_context(run_dense(model))
-            return job.run(batch, lambda tokens: bar.advance(line, tokens)), meter
+            return task.run(model, batch, lambda tokens: bar.advance(line, tokens)), meter
 
     automatic = _CPU_TOKENS if model.device.type == "cpu" else _GPU_TOKENS
     outcome, meter = while_it_fits(batch_size or automatic, attempt)
     bar.remove_task(line)
-    return _row(model, job, key, limit, outcome, meter, dense)
+    return _row(model, task, key, outcome, meter, dense)
 
 
 def _row(
     model: Any,
-    job: _Job,
+    task: Task,
     key: str,
-    limit: int | None,
     outcome: Outcome,
     meter: SparsityMeter | None,
     dense: TaskRow | None,
@@ -217,18 +266,18 @@ def _row(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if job.source == "lm_eval":
+    if task.source == "lm_eval":
         versions["lm_eval"] = harness.harness_version()
     return TaskRow(
-        task=job.name,
-        source=job.source,
+        task=task.name,
+        source=task.source,
         variant="dense" if meter is None else "sparse",
         metric=outcome.metric,
         value=value,
         stderr=outcome.metrics.get(f"{outcome.metric}_stderr"),
         metrics=outcome.metrics,
         n=outcome.n,
-        limit=limit,
+        limit=task.limit,
         truncated=outcome.truncated,
         difference=difference[0],
         difference_stderr=difference[1],

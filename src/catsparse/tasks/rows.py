@@ -6,7 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -88,6 +88,9 @@ class TaskRow:
     versions: dict[str, str]
 
 
+R = TypeVar("R", bound=TaskRow)
+
+
 def correct_string(values: list[float] | None) -> str | None:
     if values is None or any(value not in (0.0, 1.0) for value in values):
         return None
@@ -109,10 +112,15 @@ def read_rows(path: Path) -> list[TaskRow]:
     Raises:
         CatsparseError: it cannot be read, or holds something else.
     """
-    return [_row(raw, where) for raw, where in read_lines(path)]
+    return read_rows_as(TaskRow, path, "'catsparse evaluate --tasks'; name another file to write")
 
 
-def _row(raw: Any, where: str) -> TaskRow:
+def read_rows_as(kind: type[R], path: Path, command: str) -> list[R]:
+    """The rows of a file as ``kind``; ``command`` is what writes such a file, and the remedy."""
+    return [_row(kind, raw, where, command) for raw, where in read_lines(path)]
+
+
+def _row(kind: type[R], raw: Any, where: str, command: str) -> R:
     kinds: dict[str, Any] = {
         "key": str,
         "metrics": dict,
@@ -120,18 +128,16 @@ def _row(raw: Any, where: str) -> TaskRow:
         "n": int,
         "sparsity": (int, float),
     }
-    names = {field.name for field in fields(TaskRow)}
+    names = {field.name for field in fields(kind)}
     if (
         not isinstance(raw, dict)
         or raw.keys() != names
-        or not all(isinstance(raw[name], kind) for name, kind in kinds.items())
+        or not all(isinstance(raw[name], of) for name, of in kinds.items())
         or not isinstance(raw["correct"], str | None)
         or set(raw["correct"] or "") - {"0", "1"}
     ):
-        raise CatsparseError(
-            f"{where} is no row of 'catsparse evaluate --tasks'; name another file to write"
-        )
-    return TaskRow(**raw)
+        raise CatsparseError(f"{where} is no row of {command}")
+    return kind(**raw)
 
 
 def thresholds_digest(model: Any) -> str:
