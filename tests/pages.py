@@ -84,6 +84,30 @@ def compare_row(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def task_row(**changes: Any) -> dict[str, Any]:
+    """As ``catsparse compare --tasks`` prints it of a sparse model."""
+    return {
+        "task": "blimp",
+        "source": "local",
+        "variant": "sparse",
+        "metric": "acc",
+        "value": 0.65,
+        "stderr": 0.07,
+        "n": 40,
+        "difference": -0.05,
+        "difference_stderr": 0.01,
+        "model": "tiny",
+        "method": "cats",
+        "compensate": False,
+        "preview": None,
+        "scope": "mlp",
+        "sparsity": 0.465,
+        "bytes_skipped": 0.31,
+        "allocation": "uniform",
+        "bytes_asked": 0.3,
+    } | changes
+
+
 def evaluate_row(config: catsparse.SparsityConfig, **changes: Any) -> dict[str, Any]:
     """As ``catsparse evaluate --json`` prints it for a folder of this config."""
     names = [*config.sites, *config.inputs]

@@ -62,6 +62,7 @@ LAYERS = {
     "serve": 5,
     "vllm_plugin": 5,
     "report": 6,
+    "pareto": 6,
     "page": 6,
     "curves": 6,
     "chat": 6,

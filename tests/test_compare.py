@@ -17,7 +17,6 @@ from catsparse import CatsparseError, compare
 from catsparse.compare import CompareRow, Setting, Text, best_rows, make_settings, read_rows
 from catsparse.config import INPUT_METHODS, PRODUCT
 from catsparse.evaluate import evaluate
-from catsparse.report import compare_figure, plot_compare
 from catsparse.surgery import sparse_layers
 from test_cli import run
 from tiny import build, llama_config, tokens
@@ -33,7 +32,7 @@ def compared(model: Any, settings: list[Setting] | None = None, **options: Any) 
     chosen = make_settings(bytes_skipped=BUDGETS) if settings is None else settings
     heldout = options.pop("heldout", [HELDOUT])
     train = options.pop("train", TRAIN)
-    return compare.compare(model, train, heldout, chosen, progress=False, **options)
+    return compare.compare(model, train, heldout, chosen, progress=False, **options).rows
 
 
 @pytest.fixture(scope="module")
@@ -324,28 +323,7 @@ def test_bad_input(llama: Any, calibration: catsparse.Calibration) -> None:
         compared(catsparse.sparsify(llama, calibration, 0.5), ONE)
 
 
-# -- plot
-
-
-def test_plot(rows: list[CompareRow], tmp_path: Path) -> None:
-    dicts = [vars(row) for row in rows]
-    figure = compare_figure(dicts)
-    panels = figure.axes
-    assert [axis.get_title(loc="left") for axis in panels] == [
-        f"LlamaForCausalLM on {name}" for name in ("heldout", "drift")
-    ]
-    for axis, name in zip(panels, ("heldout", "drift"), strict=True):
-        assert len(axis.containers) == 6 * 2
-        line = axis.containers[1].lines[0]
-        own = [r for r in rows if (r.method, r.compensate, r.heldout) == ("cats", True, name)]
-        assert list(line.get_xdata()) == [row.bytes_skipped for row in own]
-        assert list(line.get_ydata()) == [row.rise for row in own]
-    one_window = compare_figure([row | {"rise": -0.1, "rise_se": None} for row in dicts])
-    low, high = one_window.axes[0].get_ylim()
-    assert low < -0.1 < high
-    paths = plot_compare(dicts, tmp_path)
-    assert sorted(path.name for path in paths) == ["compare.png", "compare.svg"]
-    assert all(path.stat().st_size > 5000 for path in paths)
+# -- scope
 
 
 def test_scope_all_counts_all_linears(llama: Any) -> None:
@@ -368,6 +346,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, *words, "--drift", drift, "--json", "--plot")
     assert code == 0
     result = json.loads(text)
+    assert result["tasks"] == []
+    assert not (out / "tasks.jsonl").exists()
     assert [Path(path).name for path in result["plots"]] == ["compare.png", "compare.svg"]
     assert all(Path(path).is_file() for path in result["plots"])
     found = result["rows"]

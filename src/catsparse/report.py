@@ -1,5 +1,5 @@
-"""Plots: an artifact's histograms with thresholds and sparsity by layer; a benchmark's speedups; a
-comparison of methods.
+"""Plots: an artifact's histograms with thresholds and sparsity by layer; a benchmark's
+speedups.
 
 Reads files with numpy; no model and no torch are loaded.
 """
@@ -110,58 +110,6 @@ def plot_speed(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]
     return save_figures(figures, Path(output))
 
 
-def plot_compare(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
-    """Draw ``compare``, the rows of one comparison, in PNG and SVG into ``output``."""
-    return save_figures({"compare": compare_figure(rows)}, Path(output))
-
-
-def compare_figure(rows: Sequence[dict[str, Any]]) -> Any:
-    """Rise of perplexity against the bytes skipped, both as measured: a panel for each text, a
-    line for each method (dashed: not compensated) and allocation, with standard errors.
-
-    Args:
-        rows: as ``catsparse compare --json`` prints them.
-    """
-    texts = list(dict.fromkeys(row["heldout"] for row in rows))
-    figure = new_figure(width=4.2 * len(texts) + 1.6, height=3.4)
-    axes = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
-    lines: dict[tuple[str, bool, str], dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        kind = (row["method"], row["compensate"], row["allocation"])
-        lines.setdefault(kind, {}).setdefault(row["heldout"], []).append(row)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axis, text in zip(axes, texts, strict=True):
-        for (method, compensate, allocation), by_text in lines.items():
-            points = sorted(by_text[text], key=lambda row: row["bytes_skipped"])
-            words = [method, *["compensated"] * compensate]
-            words += [allocation] * (allocation != "uniform")
-            axis.errorbar(
-                [row["bytes_skipped"] for row in points],
-                [row["rise"] for row in points],
-                yerr=[row["rise_se"] or 0.0 for row in points],
-                label=", ".join(words),
-                color=f"C{methods.index(method)}",
-                linestyle="-" if compensate else "--",
-                marker=_MARKERS[allocation],
-                markersize=4,
-                linewidth=1.2,
-                capsize=2,
-            )
-        axis.set_title(f"{rows[0]['model']} on {text}", loc="left", fontsize=8.5)
-        of = "MLP" if rows[0]["scope"] == "mlp" else "all linears'"
-        axis.set_xlabel(f"{of} bytes skipped")
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        # From a percent to a doubling in one view; what does not rise, too.
-        axis.set_yscale("symlog", linthresh=0.01)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        plain_axis(axis)
-    axes[0].set_ylabel("rise of perplexity")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
-    return figure
-
-
-_MARKERS = {"uniform": "o", "greedy": "^", "optimal": "s"}
 _DENSE = {"dense": ":", "dense_compiled": "-.", "transformers": (0, (1, 4))}  # lines' styles
 
 

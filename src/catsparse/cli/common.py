@@ -48,6 +48,11 @@ Scope = Annotated[
         help="mlp, or all linear layers of the MLPs' blocks: attention's drop inputs, by teal."
     ),
 ]
+TasksData = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the tasks' .jsonl files; else they come from lm-eval."),
+]
+Limit = Annotated[int | None, typer.Option(help="Examples a task, at most.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 

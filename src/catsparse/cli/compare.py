@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..config import ALLOCATIONS, METHODS, PRODUCT, weights_of
 from ..errors import CatsparseError
+from .accuracy import average, is_share, titled, with_error, without_examples
 from .common import (
     BatchSize,
     Column,
@@ -20,10 +21,12 @@ from .common import (
     Device,
     Dtype,
     Json,
+    Limit,
     Model,
     Scope,
     Seed,
     SeqLen,
+    TasksData,
     Tokens,
     err,
     load_dense,
@@ -35,7 +38,10 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..compare import CompareRow
+    from ..compare import CompareRow, CompareTaskRow
+
+# More tasks than a terminal is wide are shown as their average.
+_MOST_COLUMNS = 4
 
 
 def compare(
@@ -80,14 +86,24 @@ def compare(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks beside perplexity: names with commas, or 'all'."),
+    ] = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder; rows are added to its compare.jsonl, a run goes on."
+            "--output",
+            "-o",
+            help="Folder; rows are added to its compare.jsonl, of tasks to its tasks.jsonl, and a "
+            "run goes on from them.",
         ),
     ] = Path("out/compare"),
     plot: Annotated[
-        bool, typer.Option("--plot", help="Also draw rise against bytes as PNG and SVG there.")
+        bool,
+        typer.Option("--plot", help="Also draw rise (and accuracy) against bytes as PNG and SVG."),
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -99,8 +115,9 @@ def compare(
     of linear layers.
     """
     from .. import hub
-    from ..compare import FILE_NAME, Text, check_settings, make_settings
+    from ..compare import FILE_NAME, TASKS_FILE_NAME, Text, check_settings, make_settings
     from ..compare import compare as compare_methods
+    from ..tasks import prepare_tasks
 
     settings = make_settings(
         methods.split(","),
@@ -112,10 +129,19 @@ def compare(
     )
     if all(s.preview is None for s in settings):
         refuse_options(context, ("preview",), f"it belongs to {PRODUCT}, which was not named")
+    if tasks is None:
+        only = ("tasks_data", "limit")
+        refuse_options(context, only, "it belongs to --tasks, which was not given")
     if hub.is_artifact(model):
         raise CatsparseError(f"{model} is sparse already; name the dense model that it came from")
     loaded, tokenizer = load_dense(model, device, dtype)
-    check_settings(loaded, settings)  # refused now, not after reading texts
+    # Refused now, not after reading texts.
+    check_settings(loaded, settings)
+    prepared = (
+        []
+        if tasks is None
+        else prepare_tasks(loaded, tokenizer, tasks, folder=tasks_data, limit=limit)
+    )
 
     def text(source: str | None, bundled: str, size: int, seed: int | None) -> Text:
         windows, name = token_windows(source, bundled, tokenizer, size, seq_len, seed, column)
@@ -128,26 +154,37 @@ def compare(
         measured_on.append(text(drift, "heldout", test_tokens, None))
     make_folder(output)
     try:
-        rows = compare_methods(
-            loaded, calibration, measured_on, settings, batch_size=batch_size, output=output
+        found = compare_methods(
+            loaded,
+            calibration,
+            measured_on,
+            settings,
+            tasks=prepared,
+            batch_size=batch_size,
+            output=output,
         )
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from the last row")
         raise typer.Exit(130) from None
+    rows, scores = [asdict(row) for row in found.rows], without_examples(found.tasks)
     plots = []
     if plot:
-        from ..report import plot_compare
+        from ..pareto import plot_compare
 
-        plots = plot_compare([asdict(row) for row in rows], output)
+        plots = plot_compare(rows, output, scores)
     if json:
-        print_json({"rows": [asdict(row) for row in rows], "plots": [str(p) for p in plots]})
+        print_json({"rows": rows, "tasks": scores, "plots": [str(p) for p in plots]})
         return
     for _, group in itertools.groupby(
-        sorted(rows, key=lambda row: [t.name for t in measured_on].index(row.heldout)),
+        sorted(found.rows, key=lambda row: [t.name for t in measured_on].index(row.heldout)),
         key=lambda row: row.heldout,
     ):
         _print_table(list(group))
-    for path in [output / FILE_NAME, *plots]:
+    names = [FILE_NAME]
+    if found.tasks:
+        _print_tasks(found.tasks)
+        names.append(TASKS_FILE_NAME)
+    for path in [*(output / name for name in names), *plots]:
         print(path)
 
 
@@ -198,5 +235,56 @@ def _print_table(rows: list[CompareRow]) -> None:
     )
 
 
-def _described(row: CompareRow) -> str:
-    return row.method if row.allocation == "uniform" else f"{row.method}, {row.allocation}"
+def _print_tasks(rows: list[CompareTaskRow]) -> None:
+    """A line for each setting by budget: of each task the difference to the dense model."""
+    from ..compare import TASKS_FILE_NAME
+
+    dense = [row for row in rows if row.variant == "dense"]
+    by_setting: dict[tuple[object, ...], list[CompareTaskRow]] = {}
+    for row in rows:
+        if row.variant == "sparse":
+            setting = (row.bytes_asked, row.method, row.compensate, row.preview, row.allocation)
+            by_setting.setdefault(setting, []).append(row)
+    shares = all(map(is_share, dense))
+    each, together = len(dense) <= _MOST_COLUMNS or not shares, len(dense) > 1 and shares
+    columns = [titled(row) for row in dense] * each + ["average"] * together
+
+    def cells(values: list[tuple[float, float | None]], form: str) -> list[str]:
+        pairs = zip(dense, values, strict=True)
+        shown = [with_error(*value, is_share(row), form) for row, value in pairs]
+        return shown * each + [average(values, form)] * together
+
+    table = Table(
+        *("asked", "method", "means", "skipped", *columns),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_row("", "dense", "", "", *cells([(row.value, row.stderr) for row in dense], ".1f"))
+    ordered = sorted(by_setting.values(), key=lambda group: group[0].bytes_asked or 0.0)
+    for target, settings in itertools.groupby(ordered, key=lambda group: group[0].bytes_asked):
+        table.add_section()
+        for group in settings:
+            changes = [(row.difference or 0.0, row.difference_stderr) for row in group]
+            table.add_row(
+                f"{target:.1%}",
+                _described(group[0]),
+                "yes" if group[0].compensate else "no",
+                f"{sum(row.bytes_skipped for row in group) / len(group):.1%}",
+                *cells(changes, "+.1f"),
+            )
+    out.print(table)
+    scope = next(row.scope for row in rows if row.scope is not None)
+    notes = [
+        "dense: accuracy in %; below: points more or less, ± the error of that difference",
+        "examples: " + ", ".join(f"{row.task} {row.n:,}" for row in dense),
+        f"skipped: of {weights_of(scope)} weight bytes" + ", mean of the tasks" * (len(dense) > 1),
+        "every token thresholded",
+        *[f"each task by itself: {TASKS_FILE_NAME}"] * (not each),
+    ]
+    if truncated := sum(row.truncated for row in dense):
+        notes.append(f"{truncated:,} texts lost their beginning to the context window")
+    out.print("; ".join(notes), highlight=False)
+
+
+def _described(row: CompareRow | CompareTaskRow) -> str:
+    return f"{row.method}" + ("" if row.allocation == "uniform" else f", {row.allocation}")

@@ -12,14 +12,17 @@ from rich.table import Table
 
 from ..config import weights_of
 from ..errors import CatsparseError
+from .accuracy import average, is_share, titled, with_error, without_examples
 from .common import (
     Column,
     Data,
     Device,
     Dtype,
     Json,
+    Limit,
     Model,
     SeqLen,
+    TasksData,
     Tokens,
     err,
     load,
@@ -47,11 +50,8 @@ def evaluate(
         str | None,
         typer.Option(help="Zero-shot tasks instead of perplexity: names with commas, or 'all'."),
     ] = None,
-    tasks_data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the tasks' .jsonl files; else they come from lm-eval."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples a task, at most.", min=1)] = None,
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -84,8 +84,7 @@ def evaluate(
         loaded, tokenizer, tasks, folder=tasks_data, limit=limit, batch_size=size, output=output
     )
     if json:
-        shown = [{k: v for k, v in asdict(row).items() if k != "correct"} for row in rows]
-        print_json({"model": model, "rows": shown})
+        print_json({"model": model, "rows": without_examples(rows)})
         return
     _print_tasks(rows)
     if output is not None:
@@ -215,27 +214,26 @@ def _print_tasks(rows: list[TaskRow]) -> None:
         for title in ("sparse", "difference", "skipped"):
             table.add_column(title)
     for row in dense:
-        name = row.task if row.metric == "acc" else f"{row.task} ({row.metric})"
-        share = _is_share(row)
-        cells = [name, str(row.n), _with_error(row.value, row.stderr, share)]
+        share = is_share(row)
+        cells = [titled(row), str(row.n), with_error(row.value, row.stderr, share)]
         if (other := sparse.get(row.task)) is not None:
             cells += [
-                _with_error(other.value, other.stderr, share),
-                _with_error(other.difference or 0.0, other.difference_stderr, share, "+.2f"),
+                with_error(other.value, other.stderr, share),
+                with_error(other.difference or 0.0, other.difference_stderr, share, "+.2f"),
                 f"{other.bytes_skipped:.1%}",
             ]
         table.add_row(*cells)
-    if len(dense) > 1 and all(map(_is_share, dense)):
+    if len(dense) > 1 and all(map(is_share, dense)):
         others = list(sparse.values())
-        cells = ["average", "", _average([(r.value, r.stderr) for r in dense])]
+        cells = ["average", "", average([(r.value, r.stderr) for r in dense])]
         if others:
-            cells.append(_average([(r.value, r.stderr) for r in others]))
+            cells.append(average([(r.value, r.stderr) for r in others]))
             changes = [(r.difference or 0.0, r.difference_stderr) for r in others]
-            cells.append(_average(changes, "+.2f"))
+            cells.append(average(changes, "+.2f"))
         table.add_section()
         table.add_row(*cells)
     out.print(table)
-    notes = ["accuracy in %"] if any(map(_is_share, dense)) else []
+    notes = ["accuracy in %"] if any(map(is_share, dense)) else []
     if sparse:
         shares = [row.sparsity for row in sparse.values()]
         scopes = {weights_of(row.scope or "mlp") for row in sparse.values()}
@@ -246,21 +244,3 @@ def _print_tasks(rows: list[TaskRow]) -> None:
         notes.append(f"{truncated:,} texts lost their beginning to the context window")
     if notes:
         out.print("; ".join(notes))
-
-
-def _is_share(row: TaskRow) -> bool:
-    return row.metric.startswith(("acc", "exact_match"))
-
-
-def _average(values: list[tuple[float, float | None]], form: str = ".1f") -> str:
-    errors = [error for _, error in values if error is not None]
-    known = len(errors) == len(values)
-    error = math.hypot(*errors) / len(values) if known else None
-    return _with_error(sum(value for value, _ in values) / len(values), error, True, form)
-
-
-def _with_error(value: float, error: float | None, share: bool, form: str = ".1f") -> str:
-    """A share in percent."""
-    scale = 100 if share else 1
-    shown = f"{scale * value:{form}}"
-    return shown if error is None else f"{shown} ± {scale * error:{form.lstrip('+')}}"

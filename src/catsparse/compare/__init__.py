@@ -31,13 +31,18 @@ from ..probing import TOKENS, measure_sensitivities, split_windows
 from ..rows import add_row, key_of, model_name, tokens_digest, weights_digest
 from ..sensitivities import Sensitivities
 from ..surgery import densify, sparsify
-from .rows import CompareRow, best_rows, read_rows
+from ..tasks import Task
+from .rows import CompareRow, CompareTaskRow, Comparison, best_rows, read_rows, read_task_rows
 from .settings import BYTES_SKIPPED, Setting, check_settings, make_settings
+from .tasks import TASKS_FILE_NAME, TaskScores
 
 __all__ = [
     "BYTES_SKIPPED",
     "FILE_NAME",
+    "TASKS_FILE_NAME",
     "CompareRow",
+    "CompareTaskRow",
+    "Comparison",
     "Setting",
     "Text",
     "best_rows",
@@ -45,6 +50,7 @@ __all__ = [
     "compare",
     "make_settings",
     "read_rows",
+    "read_task_rows",
 ]
 
 T = TypeVar("T")
@@ -66,40 +72,48 @@ def compare(
     heldout: Sequence[Text],
     settings: Sequence[Setting],
     *,
+    tasks: Sequence[Task] = (),
     batch_size: int = 4,
     output: str | Path | None = None,
     progress: bool = True,
-) -> list[CompareRow]:
-    """Perplexity of ``model`` made sparse in every one of ``settings``, dense beside it.
+) -> Comparison:
+    """Perplexity, and accuracy on zero-shot tasks, of ``model`` made sparse in every one of
+    ``settings``, dense beside it.
 
-    Every token is thresholded. The dense model is scored once a text; a calibration is made once
-    for the exact gate and once for the preview, each only if a setting left to run needs it.
-    Allocations by sensitivities hold out the last windows of the calibration text (2,560 tokens,
-    at most half of it) to measure them on, for all settings alike; that costs as much as 30
-    evaluations of 20,000 tokens for each method and compensation.
+    Every token is thresholded. The dense model is scored once a text and task; a calibration is
+    made once for the exact gate and once for the preview, each only if a setting left to run needs
+    it. Allocations by sensitivities hold out the last windows of the calibration text (2,560
+    tokens, at most half of it) to measure them on, for all settings alike; that costs as much as
+    30 evaluations of 20,000 tokens for each method and compensation.
 
     Args:
         model: a dense model; dense again afterwards, whatever happens.
         calibration: text that thresholds come from.
         heldout: texts to measure on, the first perhaps like ``calibration``, others unlike it.
         settings: see :func:`make_settings`.
-        batch_size: windows a forward pass, halved for as long as memory is too small.
-        output: a folder, whose ``compare.jsonl`` each row is added to as soon as it is known. What
-            that holds already for the same weights, tokens and setting is not run again.
+        tasks: see :func:`catsparse.tasks.prepare_tasks`, which needs this very model.
+        batch_size: windows a forward pass, halved for as long as memory is too small; that of
+            tasks is found.
+        output: a folder, whose ``compare.jsonl`` (of tasks ``tasks.jsonl``) each row is added to as
+            soon as it is known. What that holds already for the same weights, tokens or task, and
+            setting is not run again.
         progress: show a progress bar on stderr.
 
     Returns:
-        A row for each setting and text, in the order of ``settings``.
+        The rows of both.
 
     Raises:
-        CatsparseError: a budget cannot be reached, two texts are the same, ``compare.jsonl`` holds
-            something else, or what calibration and evaluation refuse.
+        CatsparseError: a budget cannot be reached, two texts are the same, a file in ``output``
+            holds something else, or what calibration and evaluation refuse.
     """
     check_settings(model, settings)
-    run = _Run(model, calibration, heldout, settings, batch_size, output, progress)
+    run = _Run(model, calibration, heldout, settings, tasks, batch_size, output, progress)
     with progress_bar(progress) as bar:
         run.run(bar)
-    return [run.known[run.key(s, text)] for s in settings for text in heldout]
+    return Comparison(
+        rows=[run.known[run.key(s, text)] for s in settings for text in heldout],
+        tasks=run.tasks.rows([run.setting_key(s) for s in settings]),
+    )
 
 
 class _Run:
@@ -111,6 +125,7 @@ class _Run:
         calibration: Text,
         heldout: Sequence[Text],
         settings: Sequence[Setting],
+        tasks: Sequence[Task],
         batch_size: int,
         output: str | Path | None,
         progress: bool,
@@ -131,6 +146,8 @@ class _Run:
         self.of_all = [weights_digest(model), tokens_digest(self.windows)]
         rows = [] if self.folder is None else read_rows(self.folder / FILE_NAME)
         self.known = {row.key: row for row in rows}
+        provenance = (calibration.name, self.windows.numel())
+        self.tasks = TaskScores(model, tasks, self.of_all[0], provenance, self.folder)
         self.calibrations: dict[int | None, Calibration] = {}
         self.checkpoints: list[Path] = []
         self.tables: dict[tuple[str, bool, str], Sensitivities] = {}
@@ -138,24 +155,39 @@ class _Run:
 
     def key(self, s: Setting, text: Text) -> str:
         digest = self.digests[self.heldout.index(text)]
+        return key_of(*self.of_all, digest, *self._parts(s))
+
+    def setting_key(self, s: Setting) -> str:
+        """Of what makes the model sparse, whatever it is measured on."""
+        return key_of(*self.of_all, *self._parts(s))
+
+    def _parts(self, s: Setting) -> tuple[object, ...]:
         probe = None if s.allocation == "uniform" else self.probe_digest
         setting = (s.method, s.compensate, s.preview, s.allocation, s.bytes_skipped, s.scope)
-        return key_of(*self.of_all, digest, probe, *setting)
+        return (probe, *setting)
 
-    def left(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[Text]]]:
-        """The settings not known on every text, with the texts where they are not."""
-        pairs = [
-            (s, [t for t in self.heldout if self.key(s, t) not in self.known]) for s in settings
+    def left(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[Text], list[Task]]]:
+        """The settings not known on every text and task, with those where they are not."""
+        found = [
+            (
+                s,
+                [text for text in self.heldout if self.key(s, text) not in self.known],
+                self.tasks.left(self.setting_key(s)),
+            )
+            for s in settings
         ]
-        return [(s, texts) for s, texts in pairs if texts]
+        return [(s, texts, tasks) for s, texts, tasks in found if texts or tasks]
 
     def run(self, bar: Progress) -> None:
         left = self.left(self.settings)
-        needed = [text for text in self.heldout if any(text in texts for _, texts in left)]
-        evaluated = [*needed, *itertools.chain.from_iterable(texts for _, texts in left)]
-        line = bar.add_task("comparing", total=sum(text.windows.numel() for text in evaluated))
-        for preview in dict.fromkeys(s.preview for s, _ in left):
-            asked = {inputs_needed(s.method, s.scope) for s, _ in left if s.preview == preview}
+        needed = [text for text in self.heldout if any(text in texts for _, texts, _ in left)]
+        dense_tasks = self.tasks.left(None)
+        evaluated = [*needed, *itertools.chain.from_iterable(texts for _, texts, _ in left)]
+        scored = [*dense_tasks, *itertools.chain.from_iterable(tasks for *_, tasks in left)]
+        total = sum(text.windows.numel() for text in evaluated) + sum(map(_tokens, scored))
+        line = bar.add_task("comparing", total=total)
+        for preview in dict.fromkeys(s.preview for s, *_ in left):
+            asked = {inputs_needed(s.method, s.scope) for s, *_ in left if s.preview == preview}
             kinds = asked - {None}
             self._calibrate(
                 bar, preview, kinds.pop() if len(kinds) == 1 else "all" if kinds else None
@@ -165,12 +197,15 @@ class _Run:
                 partial(perplexity, self.model, text.windows, progress=False)
             )
             bar.advance(line, text.windows.numel())
-        for s, texts in left:
+        for task in dense_tasks:
+            self.tasks.score_dense(task, bar)
+            bar.advance(line, _tokens(task))
+        for s, texts, tasks in left:
             calibration = self.calibrations[s.preview]
             if s.allocation != "uniform":
                 calibration = replace(calibration, sensitivities=self._table(bar, s))
             bar.update(line, description=f"{s.method} at {s.bytes_skipped:.1%} bytes")
-            self._measure(s, calibration, texts, bar, line)
+            self._measure(s, calibration, texts, tasks, bar, line)
         for checkpoint in self.checkpoints:
             checkpoint.unlink(missing_ok=True)
 
@@ -217,7 +252,13 @@ class _Run:
         return self.folder / f".{what}-{key}.partial.safetensors"
 
     def _measure(
-        self, s: Setting, calibration: Calibration, texts: list[Text], bar: Progress, line: TaskID
+        self,
+        s: Setting,
+        calibration: Calibration,
+        texts: list[Text],
+        tasks: list[Task],
+        bar: Progress,
+        line: TaskID,
     ) -> None:
         sparsify(
             self.model,
@@ -239,6 +280,9 @@ class _Run:
                 if self.folder is not None:
                     add_row(self.folder / FILE_NAME, row)
                 bar.advance(line, text.windows.numel())
+            for task in tasks:
+                self.tasks.score(task, s, self.setting_key(s), bar)
+                bar.advance(line, _tokens(task))
         finally:
             densify(self.model)
 
@@ -281,6 +325,11 @@ class _Run:
                 "transformers": transformers.__version__,
             },
         )
+
+
+def _tokens(task: Task) -> int:
+    """For the progress bar: what the harness alone knows counts nothing."""
+    return task.total or 0
 
 
 def _finite(value: float) -> float | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import CatsparseError
 from ..rows import read_lines
+from ..tasks import TaskRow
+from ..tasks.rows import read_rows_as
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,37 @@ class CompareRow:
     versions: dict[str, str]
 
 
+@dataclass(frozen=True)
+class CompareTaskRow(TaskRow):
+    """One task scored dense or in one setting, a line of the file: a row of tasks, and the rest of
+    the setting. What follows is None in dense rows.
+
+    Attributes:
+        allocation: how sparsity is spread over the layers.
+        bytes_asked: fraction of the scope's weight bytes asked not to be read, the setting's
+            budget; ``target`` is the sparsity that it came to.
+        calibration, calibration_tokens: the text that thresholds come from.
+    """
+
+    allocation: str | None
+    bytes_asked: float | None
+    calibration: str | None
+    calibration_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`catsparse.compare.compare` finds.
+
+    Attributes:
+        rows: one for each setting and text, in the order of the settings.
+        tasks: of each task a dense row, then one for each setting.
+    """
+
+    rows: list[CompareRow]
+    tasks: list[CompareTaskRow]
+
+
 def read_rows(path: Path) -> list[CompareRow]:
     """The rows of a file; none if there is no such file.
 
@@ -67,6 +100,17 @@ def read_rows(path: Path) -> list[CompareRow]:
         CatsparseError: it cannot be read, or holds something else.
     """
     return [_row_from(raw, where) for raw, where in read_lines(path)]
+
+
+def read_task_rows(path: Path) -> list[CompareTaskRow]:
+    """The tasks' rows of a file; none if there is no such file.
+
+    Raises:
+        CatsparseError: it cannot be read, or holds something else.
+    """
+    return read_rows_as(
+        CompareTaskRow, path, "'catsparse compare --tasks'; name another output folder"
+    )
 
 
 def best_rows(rows: Sequence[CompareRow]) -> set[str]:
