@@ -381,7 +381,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "page": str(output),
         "bytes": output.stat().st_size,
         "layers": 2,
-        "rows": {"compare": 1, "evaluate": 0, "bench": 1},
+        "rows": {"compare": 1, "tasks": 0, "evaluate": 0, "bench": 1},
         "predicts": True,
     }
     code, text, _ = run(capsys, "report", folder)

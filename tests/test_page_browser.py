@@ -50,6 +50,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         *(pages.compare_row(bytes_skipped=b, rise=b**2) for b in (0.3, 0.45)),
         *(pages.compare_row(bytes_skipped=b, method="energy", compensate=True) for b in (0.3, 0.4)),
         pages.compare_row(heldout="another text", rise=0.3),
+        pages.task_row(variant="dense", value=0.7, method=None, bytes_skipped=0.0),
+        *(pages.task_row(bytes_skipped=b, value=0.7 - b / 5) for b in (0.3, 0.45)),
+        pages.task_row(method="energy", compensate=True, value=0.69),
+        pages.task_row(task="lambada", n=8, method="energy", compensate=True, value=0.2),
         pages.bench_row(impl="dense", sparsity=0.0, vs_dense=0.8, p50=14.0),
         *(pages.bench_row(sparsity=s, limit=8 - 6 * s) for s in (0.0, 0.5, 0.9)),
         pages.bench_row(impl="catsparse_product4", vs_dense=1.9),
@@ -155,7 +159,7 @@ def test_it_loads_without_an_error_or_a_request(
     assert {url for url in urls if not url.startswith("data:")} == {shown[0].as_uri()}
     assert text_of(page, "h1") == "tiny"
     charts = page.find_elements(By.CSS_SELECTOR, ".canvas svg")
-    assert len(charts) == 8  # no section was left out
+    assert len(charts) == 9  # no section was left out
     assert all(chart.size["height"] > 150 for chart in charts)
     assert page.get_log("browser") == []
 
@@ -244,7 +248,7 @@ def test_layers_are_chosen_by_arrows(page: Any, payload: dict[str, Any]) -> None
         assert page.switch_to.active_element == chosen[0]
 
 
-@pytest.mark.parametrize("n", range(8))
+@pytest.mark.parametrize("n", range(9))
 def test_charts_are_read_out_by_keys_and_by_pointer(page: Any, n: int) -> None:
     svg = page.find_elements(By.CSS_SELECTOR, ".canvas svg")[n]
     assert "chart" in svg.get_attribute("aria-roledescription")
@@ -287,13 +291,13 @@ def test_charts_are_read_out_by_keys_and_by_pointer(page: Any, n: int) -> None:
 
 def test_tables_hold_the_charts_numbers(page: Any, payload: dict[str, Any]) -> None:
     tables = page.find_elements(By.CSS_SELECTOR, ".figure details")
-    assert len(tables) == 8
+    assert len(tables) == 9
     for table in tables:
         page.execute_script("arguments[0].open = true", table)
     settle(page)
     rows = [len(t.find_elements(By.CSS_SELECTOR, "tbody tr")) for t in tables]
     bars = len(payload["histograms"]["shares"][0])
-    assert rows == [bars + 2, 4, 4, 4, 5, 5, 5, 5]
+    assert rows == [bars + 2, 4, 4, 4, 5, 5, 4, 5, 5]
     second = tables[3].find_elements(By.CSS_SELECTOR, "tbody tr:nth-child(2) td")
     cells = [cell.text for cell in second]
     saved = payload["layers"][1]["saved"]["sparsity"]
@@ -319,6 +323,45 @@ def test_lines_can_be_switched_off_and_texts_chosen(page: Any) -> None:
     page.find_element(By.CSS_SELECTOR, "#text option[value='another text']").click()
     settle(page)
     assert page.execute_script(series) == both[:1]
+
+
+def test_accuracy_stands_beside_the_dense_models(page: Any) -> None:
+    it = "charts.filter((it) => it.element.closest('#quality'))[1]"
+    items = f"return {it}.spec.items.map((item) => [item.series, item.x, item.y])"
+    assert page.execute_script(f"return {it}.heading.textContent") == "tiny on blimp, 40 examples"
+    dense = ["dense", 0, 0.7]
+    cats = [["cats, uncompensated", b, pytest.approx(0.7 - b / 5)] for b in (0.3, 0.45)]
+    energy = ["energy, compensated", 0.31, 0.69]
+    assert page.execute_script(items) == [dense, *cats, energy]
+    lines = page.execute_script(f"return {it}.spec.items[1].lines")
+    assert lines[1] == "64.0%, \N{MINUS SIGN}5.00% to dense ± 1.00%"
+    # Across, at its height.
+    across = f"const it = {it}, line = it.svg.querySelector('line.limit');"
+    assert page.execute_script(
+        f"{across} return Number(line.getAttribute('y1')) - it.place.y(0.7)"
+    ) == (pytest.approx(0, abs=0.01))
+    button = page.find_element(By.CSS_SELECTOR, "#quality figure:last-of-type .legend button")
+    button.send_keys(Keys.ENTER)
+    settle(page)
+    assert page.execute_script(items) == [dense, energy]
+    # The chart above has a switch of its own.
+    above = page.find_element(By.CSS_SELECTOR, "#quality .legend button")
+    assert above.get_attribute("aria-pressed") == "true"
+    button.send_keys(Keys.ENTER)
+    page.find_element(By.CSS_SELECTOR, "#task option[value='lambada, 8 examples']").click()
+    settle(page)
+    assert page.execute_script(items) == [["energy, compensated", 0.31, 0.2]]
+    assert page.execute_script(f"return {it}.svg.querySelector('line.limit')") is None
+
+
+def test_tasks_alone(browser: Any, payload: dict[str, Any], tmp_path: Path) -> None:
+    alone = payload | {"compare": [], "evaluate": []}
+    path = tmp_path / "page.html"
+    path.write_text(render(alone), encoding="utf-8")
+    visit(browser, path)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#quality figure")) == 1
+    assert not browser.find_elements(By.CSS_SELECTOR, "#quality .notice")
+    assert text_of(browser, "#quality h3") == "tiny on blimp, 40 examples"
 
 
 def test_benchmarks_are_chosen(page: Any) -> None:
@@ -434,6 +477,7 @@ def test_hostile_names_do_nothing(browser: Any, payload: dict[str, Any], tmp_pat
     raw = json.loads(json.dumps(payload))
     raw["model"]["name"] = raw["calibration"]["data"] = raw["layers"][0]["name"] = bad
     raw["layers"][1]["short"] = raw["compare"][0]["heldout"] = raw["bench"][0]["name"] = bad
+    raw["tasks"][0]["task"] = raw["tasks"][1]["method"] = bad
     path = tmp_path / "hostile.html"
     path.write_text(render(raw), encoding="utf-8")
     media(browser)

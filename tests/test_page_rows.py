@@ -29,10 +29,12 @@ def test_rows_by_the_command_that_wrote_them(tmp_path: Path) -> None:
     one = write(tmp_path, pages.compare_row(), pages.bench_row(), pages.evaluate_row(CONFIG))
     two = write(tmp_path, pages.compare_row(method="chess"), name="more.jsonl")
     found = read_rows([one, two], CONFIG)
-    assert found["count"] == {"compare": 2, "evaluate": 1, "bench": 1}
+    assert found["count"] == {"compare": 2, "tasks": 0, "evaluate": 1, "bench": 1}
     assert [row["method"] for row in found["compare"]] == ["cats", "chess"]
     assert "device" not in found["compare"][0]  # only what is shown
-    assert read_rows([], CONFIG)["count"] == {"compare": 0, "evaluate": 0, "bench": 0}
+    assert read_rows([], CONFIG)["count"] == dict.fromkeys(
+        ("compare", "tasks", "evaluate", "bench"), 0
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda row: row, lambda row: [row], lambda row: {"rows": [row]}])
@@ -40,6 +42,22 @@ def test_what_json_prints_is_read_as_well(tmp_path: Path, wrap: Any) -> None:
     path = tmp_path / "printed.json"
     path.write_text("\n" + json.dumps(wrap(pages.compare_row()), indent=2))
     assert read_rows([path], CONFIG)["count"]["compare"] == 1
+
+
+def test_tasks_of_both_commands(tmp_path: Path) -> None:
+    dense = pages.task_row(variant="dense", method=None, compensate=None, difference=None)
+    of_evaluate = pages.task_row(n=41)
+    del of_evaluate["allocation"], of_evaluate["bytes_asked"]
+    found = read_rows([write(tmp_path, dense, pages.task_row(), of_evaluate)], CONFIG)
+    assert found["count"]["tasks"] == 3
+    assert [row["method"] for row in found["tasks"]] == [None, "cats", "cats"]
+    assert [row["bytes_asked"] for row in found["tasks"]] == [0.3, 0.3, None]
+    path = tmp_path / "printed.json"
+    path.write_text(
+        json.dumps({"rows": [pages.compare_row()], "tasks": [dense], "plots": []}, indent=2)
+    )
+    count = read_rows([path], CONFIG)["count"]
+    assert (count["compare"], count["tasks"]) == (1, 1)
 
 
 def test_an_evaluation_of_these_very_thresholds(tmp_path: Path) -> None:
@@ -128,6 +146,10 @@ def test_rows_of_another_model(tmp_path: Path) -> None:
         pages.compare_row(method=3),
         pages.compare_row(bytes_skipped=1.5),
         pages.compare_row(perplexity=10**400),
+        pages.task_row(value=None),
+        pages.task_row(n="many"),
+        pages.task_row(method=None),
+        pages.task_row(model="large"),
         pages.bench_row(p50=0),
         pages.bench_row(limit=-1.0),
         pages.bench_row(impl=None),

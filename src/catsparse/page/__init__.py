@@ -29,6 +29,7 @@ SCRIPTS = (
     "activations.js",
     "layers.js",
     "quality.js",
+    "accuracy.js",
     "speed.js",
     "start.js",
 )

@@ -1,4 +1,4 @@
-"""The result rows that a page shows: read from files of any of three commands, checked, trimmed."""
+"""The result rows that a page shows: read from files of any of the commands, checked, trimmed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ _MEASURED = {
 }
 _COMPARE = _SETTING | _MEASURED | {"model": "s", "allocation": "s", "target": "n", "heldout": "s"}
 _EVALUATE = _SETTING | _MEASURED | {"base_model": "s", "data": "s", "seq_len": "n"}
+_TASK = {
+    "task": "s",
+    "variant": "s",
+    "metric": "s",
+    "value": "n",
+    "stderr": "n?",
+    "n": "n",
+    "difference": "n?",
+    "difference_stderr": "n?",
+    "model": "s",
+    "method": "s?",
+    "compensate": "b?",
+    "preview": "n?",
+    "allocation": "s?",
+    "bytes_asked": "n?",
+    "sparsity": "n",
+    "bytes_skipped": "n",
+}
 _PANEL = {"what": "s", "name": "s", "device": "s", "dtype": "s", "tokens": "n", "threads": "n"}
 _POINT = {
     "sparsity": "n",
@@ -56,14 +74,16 @@ def read_rows(paths: Sequence[str | Path], config: SparsityConfig) -> dict[str, 
         config: of the folder that the page is about.
 
     Returns:
-        JSON values. ``compare`` and ``evaluate``: a list of rows each; of the latter ``own`` tells
-        which are of this very config. ``bench``: see :func:`_panels`. ``count`` by command.
+        JSON values. ``compare``, ``tasks`` and ``evaluate``: a list of rows each; of the latter
+        ``own`` tells which are of this very config. ``bench``: see :func:`_panels`. ``count`` of
+        each.
 
     Raises:
         CatsparseError: a file cannot be read, holds another kind of row, a number that is none, a
             row of another model, or too much.
     """
     compare: list[dict[str, Any]] = []
+    tasks: list[dict[str, Any]] = []
     evaluate: list[dict[str, Any]] = []
     bench: list[dict[str, Any]] = []
     for path in paths:
@@ -72,16 +92,19 @@ def read_rows(paths: Sequence[str | Path], config: SparsityConfig) -> dict[str, 
                 bench.append(_bench_row(raw, where))
             elif "heldout" in raw and "target" in raw:
                 compare.append(_compare_row(raw, where, config))
+            elif "task" in raw and "variant" in raw:
+                tasks.append(_task_row(raw, where, config))
             elif "dense_perplexity" in raw and "data" in raw:
                 evaluate.append(_evaluate_row(raw, where, config))
             else:
                 raise CatsparseError(f"{where} is no row of {_WHAT}; leave that file out")
-            if len(compare) + len(evaluate) + len(bench) > MAX_ROWS:
+            if len(compare) + len(tasks) + len(evaluate) + len(bench) > MAX_ROWS:
                 raise CatsparseError(
                     f"{where} is row {MAX_ROWS + 1}, more than a page can show; give fewer rows"
                 )
-    count = {"compare": len(compare), "evaluate": len(evaluate), "bench": len(bench)}
-    return {"compare": compare, "evaluate": evaluate, "bench": _panels(bench), "count": count}
+    found = {"compare": compare, "tasks": tasks, "evaluate": evaluate, "bench": bench}
+    count = {kind: len(rows) for kind, rows in found.items()}
+    return found | {"bench": _panels(bench), "count": count}
 
 
 def _objects(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -102,7 +125,8 @@ def _objects(path: Path) -> list[tuple[dict[str, Any], str]]:
     if lines[0][1].strip() in ("{", "["):  # printed by --json, over many lines
         whole = parse_json(text, str(path))
         if isinstance(whole, dict) and isinstance(whole.get("rows"), list):
-            whole = whole["rows"]
+            tasks = whole.get("tasks")  # 'compare' has them beside
+            whole = whole["rows"] + (tasks if isinstance(tasks, list) else [])
         values = whole if isinstance(whole, list) else [whole]
         found = [(value, f"{path}, row {k}") for k, value in enumerate(values, 1)]
     else:
@@ -120,9 +144,9 @@ def _kept(raw: Mapping[str, Any], kinds: Mapping[str, str], where: str) -> dict[
         value = raw.get(name)
         if value is None and kind.endswith("?"):
             row[name] = None
-        elif kind == "b" and isinstance(value, bool):
+        elif kind.startswith("b") and isinstance(value, bool):
             row[name] = value
-        elif kind == "s" and isinstance(value, str):
+        elif kind.startswith("s") and isinstance(value, str):
             row[name] = portable(value)
         elif kind.startswith("n") and (number := _finite(value)) is not None:
             row[name] = int(number) if number == int(number) else rounded(number)
@@ -164,6 +188,14 @@ def _of_this_model(name: str, where: str, config: SparsityConfig) -> None:
 def _compare_row(raw: Mapping[str, Any], where: str, config: SparsityConfig) -> dict[str, Any]:
     row = _kept(raw, _COMPARE, where)
     _of_this_model(row["model"], where, config)
+    return row
+
+
+def _task_row(raw: Mapping[str, Any], where: str, config: SparsityConfig) -> dict[str, Any]:
+    row = _kept(raw, _TASK, where)
+    _of_this_model(row["model"], where, config)
+    if row["variant"] != "dense" and row["method"] is None:
+        raise CatsparseError(f"{where} is of a sparse model without its method; measure it again")
     return row
 
 

@@ -1,4 +1,4 @@
-// Rise of perplexity against bytes skipped, a line a method.
+// Rise of perplexity against bytes skipped, a line a method; accuracy on tasks stands below.
 
 const RISES = [-0.1, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000];
 
@@ -27,7 +27,13 @@ function settings(rows) {
 
 function quality() {
   const section = byId("quality");
+  perplexities(section);
+  if (DATA.tasks.length) accuracies(section);
+}
+
+function perplexities(section) {
   if (!DATA.compare.length && !DATA.evaluate.length) {
+    if (DATA.tasks.length) return;
     howTo(section, "No comparison was given. Measure every method on the same text at equal bytes skipped:",
       `catsparse compare ${DATA.model.name} -o methods\ncatsparse report ${DATA.folder} --rows methods/compare.jsonl`);
     return;
@@ -45,6 +51,12 @@ function quality() {
   const refresh = () => pareto(it, lines, select.value || texts[0]);
   select.addEventListener("change", refresh);
   toggles(it, lines, refresh);
+  const extra = (icon, text) => it.legend.append(make("li", {}, icon, text));
+  if (DATA.evaluate.some((row) => row.own)) extra(swatch("sm", { shape: "cross", line: false }), "this folder");
+  if (DATA.levels) {
+    extra(swatch("rule"), "slider");
+    if (DATA.sensitivities.why_not === null) extra(swatch("limit"), "predicted for the slider");
+  }
   follow(refresh);
 }
 
@@ -60,13 +72,7 @@ function toggles(it, lines, refresh) {
     });
     return make("li", {}, button);
   });
-  const extra = (icon, text) => make("li", {}, icon, text);
   it.legend.replaceChildren(...entries);
-  if (DATA.evaluate.some((row) => row.own)) it.legend.append(extra(swatch("sm", { shape: "cross", line: false }), "this folder"));
-  if (DATA.levels) {
-    it.legend.append(extra(swatch("rule"), "slider"));
-    if (DATA.sensitivities.why_not === null) it.legend.append(extra(swatch("limit"), "predicted for the slider"));
-  }
 }
 
 function pareto(it, lines, text) {
