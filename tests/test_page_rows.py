@@ -251,7 +251,7 @@ def test_results_that_are_kept_with_the_code() -> None:
     config = SparsityConfig(SITES, base_model=BaseModel("default", "llama"))
     names = ["compare-default", "bench-cpu", "decode-cuda-h200", "gated-mlp-cuda-h200"]
     found = read_rows([folder / f"{name}.jsonl" for name in names], config)
-    assert found["count"]["compare"] == 48
+    assert found["count"]["compare"] == 72
     assert found["count"]["bench"] > 400
     for panel in found["bench"]:
         for run_ in panel["runs"]:

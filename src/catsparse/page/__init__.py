@@ -46,7 +46,8 @@ def write_page(
     Args:
         directory: written by ``catsparse sparsify`` or :func:`catsparse.save`.
         output: the file to write; default ``report.html`` in the folder.
-        rows: files with rows of ``catsparse compare``, ``evaluate`` and ``bench``.
+        rows: files with rows of ``catsparse compare``, ``evaluate`` (both also with ``--tasks``)
+            and ``bench``.
         progress: show a progress bar on stderr.
 
     Returns:
