@@ -50,6 +50,7 @@ LAYERS = {
     "probing": 3,
     "meter": 3,
     "decoding": 4,
+    "merged_weights": 3,
     "hub": 4,
     "judge": 4,
     "quantizer": 4,

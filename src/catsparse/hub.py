@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import device, nn
+from torch import device
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -35,6 +35,7 @@ from .card import model_card
 from .config import CALIBRATION_NAME, CONFIG_NAME, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import default_mode
+from .merged_weights import write_weights
 from .methods import SiteThreshold
 from .modules import sparse_modules
 from .previews_file import PREVIEWS_NAME, StoredPreviews, write_previews
@@ -44,8 +45,6 @@ from .thresholds_file import read_threshold
 
 DEFAULT_MODEL = "default"
 _BUNDLED = Path(__file__).parent / "models" / "default"
-# What a merged directory's config.json says; quantizer.py answers to it.
-QUANT_METHOD = "cats"
 
 
 def save(
@@ -107,7 +106,7 @@ def save_files(
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
         staging = Path(name)
         if merge:
-            _write_weights(model, staging, **save_pretrained_kwargs)
+            write_weights(model, staging, **save_pretrained_kwargs)
         if store_preview:
             write_previews(sparse_modules(model), staging / PREVIEWS_NAME)
         if adapted:
@@ -365,24 +364,6 @@ def _portable_base(config: SparsityConfig, merge: bool) -> Any:
         return replace(base, name_or_path=DEFAULT_MODEL)
     # A relative path would depend on where the program is started.
     return replace(base, name_or_path=str(Path(name).resolve())) if Path(name).is_dir() else base
-
-
-def _write_weights(model: Any, folder: Path, **save_pretrained_kwargs: Any) -> None:
-    """``save_pretrained`` with a config.json that says ``quant_method: cats``."""
-    had_config = getattr(model.config, "quantization_config", None)
-    plain = all(type(p) is nn.Parameter for p in model.parameters())
-    if not plain or getattr(had_config, "quant_method", QUANT_METHOD) != QUANT_METHOD:
-        raise CatsparseError(
-            "the model's weights are quantized, so they cannot be merged; save without merge"
-        )
-    try:
-        model.config.quantization_config = {"quant_method": QUANT_METHOD}
-        type(model).save_pretrained(model, folder, **save_pretrained_kwargs)
-    finally:
-        if had_config is None:
-            del model.config.quantization_config
-        else:
-            model.config.quantization_config = had_config
 
 
 def _digest(config: SparsityConfig) -> str:

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import hub
-from .hub import QUANT_METHOD
+from .merged_weights import QUANT_METHOD
 from .surgery import apply_thresholds, sparse_layers
 
 
