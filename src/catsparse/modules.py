@@ -158,6 +158,11 @@ class SparseMLP(Derived):
             gate, up = gate.chunk(2, dim=-1)
         else:
             up = getattr(self, self.site_up)(x)
+        return self.mask_and_project(x, gate, up)
+
+    def mask_and_project(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """What is left to do once the input ``[..., H]`` has been multiplied by w_gate and w_up:
+        ``[..., I]`` each, the gate before its activation. Returns ``[..., H]``."""
         child = self.site_act_child
         act = getattr(self, child) if child else ACTIVATIONS[self.site_act]
         g = act(gate)

@@ -1,0 +1,59 @@
+"""Run in vLLM's own environment: greedy tokens of a directory, and how sparse they were -> JSON.
+
+One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``. What
+goes out on the last line: ``tokens``, ``sparsity`` over what ran, ``sites`` and ``ranks``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def main() -> None:
+    asked = json.loads(sys.stdin.readline())
+    ranks = asked["options"].get("tensor_parallel_size", 1)
+    if ranks == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the shards can be looked at
+    else:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(max_model_len=256, max_num_seqs=4, **asked["options"])
+    seen: dict[str, list[int]] = {}
+    if asked.get("count"):
+        count(seen)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in asked["prompts"]],
+        SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True),
+        use_tqdm=False,
+    )
+    kept, total = (sum(values[i] for values in seen.values()) for i in (0, 1))
+    found = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "sparsity": 1 - kept / total if total else None,
+        "sites": sorted(seen),
+    }
+    print("\n" + json.dumps(found))
+
+
+def count(seen: dict[str, list[int]]) -> None:
+    """Hang a counter on every shard: what the first decision keeps, and of how many."""
+    from catsparse.vllm_plugin.layers import SHARDS
+
+    for key, shard in SHARDS.items():
+        counts = seen.setdefault(key, [0, 0])
+
+        def note(keep: Any, kept: Any, counts: list[int] = counts) -> None:
+            counts[0] += int(keep.sum())
+            counts[1] += keep.numel()
+
+        shard.catsparse_counter = note
+
+
+if __name__ == "__main__":
+    main()
