@@ -21,6 +21,7 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, hub
 from catsparse.finetune import (
+    Example,
     Examples,
     FinetuneOptions,
     adapter_targets,
@@ -41,6 +42,15 @@ DATA = tiny.tokens(32, 24, seed=21)
 TRAIN = windows_as_examples(DATA[:24], "the text")
 HELDOUT = windows_as_examples(DATA[24:], "the rest")
 SAME = Examples([TRAIN[0]] * 24, "one window")
+# As conversations: of other lengths, and only the end counts.
+UNEQUAL = Examples(
+    [
+        Example(ids[:n], torch.where(torch.arange(n) < n // 2, -100, ids[:n]))
+        for ids, n in zip(DATA, [4, 24, 7, 20, 15, 24, 5, 9] * 3, strict=False)
+    ],
+    "talks",
+    table=True,
+)
 QUICK = FinetuneOptions(
     steps=6, batch_size=2, rank=4, learning_rate=0.01, log_every=2, eval_every=3, save_every=2
 )
@@ -243,6 +253,28 @@ def test_accumulated_steps_are_larger_batches(base: Path, tmp_path: Path) -> Non
     one = tune(sparse(base), tmp_path / "one", replace(QUICK, batch_size=4))
     other = tune(sparse(base), tmp_path / "other", replace(QUICK, batch_size=2, accumulation=2))
     torch.testing.assert_close(losses(one.rows), losses(other.rows), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("distill", [False, True], ids=["text", "distilled"])
+def test_every_counted_token_weighs_alike(base: Path, tmp_path: Path, distill: bool) -> None:
+    """Conversations differ in length: a step's loss is over all its labels, however it is cut into
+    passes, and that of held-out ones over all theirs."""
+    options = replace(QUICK, batch_size=4, distill=distill)
+    half = replace(options, batch_size=2, accumulation=2)
+    one = tune(sparse(base), tmp_path / "one", options, examples=UNEQUAL, heldout=UNEQUAL)
+    other = tune(sparse(base), tmp_path / "other", half, examples=UNEQUAL, heldout=UNEQUAL)
+    for name in ("loss", "eval_loss"):
+        torch.testing.assert_close(
+            losses(one.rows, name), losses(other.rows, name), rtol=1e-4, atol=1e-4
+        )
+    model, total, count = sparse(base), 0.0, 0
+    for example in UNEQUAL:
+        with torch.no_grad():
+            log_p = model(input_ids=example.ids[None]).logits[0, :-1].log_softmax(-1)
+        wanted = example.labels[1:]
+        total -= float(log_p[wanted != -100].gather(1, wanted[wanted != -100, None]).sum())
+        count += int((wanted != -100).sum())
+    assert losses(one.rows, "eval_loss")[0] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_checkpointed_activations_change_nothing(base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self, *args: Any, sparsity: SparsityLog | None, teacher: Teacher | None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        # Losses here are means over a batch's labels: the Trainer divides by the accumulation.
-        self.model_accepts_loss_kwargs = False
+        # The Trainer then counts the labels of a whole step: all its passes, on all devices.
+        self.model_accepts_loss_kwargs = True
         self._sparsity, self._teacher = sparsity, teacher
         self._broken: Tensor | None = None
 
@@ -50,6 +51,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The mean over the labels of the step, in evaluation over those of the whole text: a long
+        answer counts for as much as it has tokens, whatever it shares a batch with."""
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORED
         given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -70,7 +73,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 strict=True,
             )
         ]
-        loss = torch.stack(losses).sum() / len(logits)
+        loss = torch.stack(losses).sum()
+        if model.training:  # devices' gradients are averaged
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        else:  # the Trainer takes a mean over sequences
+            loss = loss / (len(labels) * self._labels_of_a_sequence)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,6 +91,12 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
         with self._sparsity.apart():
             return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _labels_of_a_sequence(self) -> float:
+        """Of what is evaluated on, the mean."""
+        counts = [int((e.labels[1:] != IGNORED).sum()) for e in self.eval_dataset]
+        return sum(counts) / len(counts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
