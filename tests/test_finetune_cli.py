@@ -13,7 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 import catsparse
+import catsparse.finetune as finetune_package
 from catsparse import hub
+from catsparse.finetune.trainer import SparseTrainer
 from command import call, run
 from test_finetune_examples import PLAIN, TALK
 
@@ -90,6 +92,36 @@ def test_a_folder_merged_and_with_baselines(
     code, _, stderr = run(capsys, "finetune", *again, "--sparsity", "0.3")
     assert code == 2
     assert "--sparsity does nothing here" in stderr
+
+
+def test_interrupted_in_the_baselines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run before them is not made again, and all checkpoints go at the end."""
+    args = ["default", *SMALL, "--baselines", "-o", tmp_path / "out"]
+    real = finetune_package.run_baseline
+
+    def interrupted(model: Any, kind: str, *rest: Any, **options: Any) -> Any:
+        if kind == "relu":
+            raise KeyboardInterrupt
+        return real(model, kind, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_package, "run_baseline", interrupted)
+        code, _, stderr = run(capsys, "finetune", *args)
+    assert code == 130
+    assert "goes on from the last checkpoint" in stderr
+    steps = []
+    step = SparseTrainer.training_step
+
+    def counting(self: Any, *given: Any, **options: Any) -> Any:
+        steps.append(self.state.global_step)
+        return step(self, *given, **options)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", counting)
+    assert list(result(capsys, *args)["eval_loss"]) == ["energy", "dense", "relu"]
+    assert steps == [0, 1, 2, 3]  # of the last one
+    assert not list((tmp_path / "out").rglob("checkpoints"))
 
 
 def test_text_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             self.refuse_broken()
             logs |= self._achieved()
         if "eval_loss" in logs:
+            if not math.isfinite(logs["eval_loss"]):
+                raise self._stopped("the loss on held-out text")
             logs = {"eval_loss": logs["eval_loss"]} | (
                 self._achieved() if self._sparsity is not None else {}
             )
@@ -132,28 +134,43 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             CatsparseError: naming the last checkpoint, which is good.
         """
         broken, self._broken = self._broken, None
-        if broken is None or not bool(self.accelerator.reduce(broken.float(), "sum") > 0):
-            return
+        if broken is not None and bool(self.accelerator.reduce(broken.float(), "sum") > 0):
+            raise self._stopped("the loss")
+
+    def refuse_broken_weights(self) -> None:
+        """Stop where a trained weight is not finite, as the last step's may be: no loss tells.
+
+        Raises:
+            CatsparseError: naming the last checkpoint.
+        """
+        broken = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                held = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                broken += ~torch.isfinite(held.detach()).all()
+        # Of a sharded model other processes hold other parts: all stop, or none.
+        if bool(self.accelerator.reduce(broken, "sum") > 0):
+            raise self._stopped("a trained weight")
+
+    def _stopped(self, what: str) -> CatsparseError:
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the weights before are in {last}" if last else "no checkpoint was made before"
-        raise CatsparseError(
-            f"the loss is not finite at step {self.state.global_step} or shortly before; lower the "
+        return CatsparseError(
+            f"{what} is not finite at step {self.state.global_step} or shortly before; lower the "
             f"learning rate (it is {self.args.learning_rate:g}) or train in fp32: {kept}"
         )
 
     def take(self, checkpoint: Path) -> None:
-        """The weights and the history of a finished run."""
-        self._load_from_checkpoint(str(checkpoint))
+        """The history of a finished run, and its weights: the best, where it asked for these."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            checkpoint = checkpoint.parent / Path(best).name
+        self._load_from_checkpoint(str(checkpoint))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.refuse_broken()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise CatsparseError(
-                    f"{name} is not finite at step {self.state.global_step}; lower the learning "
-                    f"rate (it is {self.args.learning_rate:g}): no checkpoint was made of it"
-                )
+        self.refuse_broken_weights()
         super()._save_checkpoint(*args, **kwargs)
 
 
@@ -200,6 +217,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
+
+
+class LogWithCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """A row of the log wherever a checkpoint is made: none is then of steps on both sides of it, so
+    that a run which goes on from there logs the same losses."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
