@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,37 +177,3 @@ def test_one_clear_sentence(
     assert len(line) == 1
     assert words in line[0]
     assert "Traceback" not in stderr
-
-
-def test_two_processes_are_one_with_twice_the_batch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the CPU, by gloo; accelerate launch starts GPUs' processes in the same way."""
-    options = [*("--seq-len", "64", "--steps", "3", "--log-every", "1", "--rank", "4")]
-    options += ["--heldout-tokens", "512", "--eval-every", "0", "--distill", "--json"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", "29611", "-m", "catsparse.cli", "finetune", "default"),
-            *(*options, "--batch-size", "1", "--device", "cpu", "-o", str(tmp_path / "two")),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout)
-    one = result(capsys, "default", *options[:-1], "--batch-size", "2", "-o", tmp_path / "one")
-
-    def rows(folder: str) -> list[dict[str, Any]]:
-        text = (tmp_path / folder / "training.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    for a, b in zip(rows("two"), rows("one"), strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() & {"step", "loss", "eval_loss", "sparsity"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
-    assert two["after"]["perplexity"] == pytest.approx(one["after"]["perplexity"], rel=1e-3)
-    adapters = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("two", "one")]
-    assert adapters[0].keys() == adapters[1].keys()

@@ -294,15 +294,15 @@ def _baselines(
     from ..modules import sparse_modules
     from ..surgery import densify
 
-    model, _ = load(name, device, dtype)  # once more: the adapter may be merged into the other
-    if dtype == "auto" and model.device.type == "cpu":
-        model.float()
-    if sparse_modules(model):
-        densify(model)
-    return [
-        row
-        for kind in BASELINES
-        for row in run_baseline(
+    rows = []
+    for kind in BASELINES:
+        # Once more: the adapter may be merged into the other, and FSDP leaves a model in shards.
+        model, _ = load(name, device, dtype)
+        if dtype == "auto" and model.device.type == "cpu":
+            model.float()
+        if sparse_modules(model):
+            densify(model)
+        rows += run_baseline(
             *(model, kind, examples, measured, options, folder / kind), keep_checkpoints=True
         )
-    ]
+    return rows

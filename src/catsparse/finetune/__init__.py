@@ -97,7 +97,8 @@ def finetune(
     An interrupted run goes on from its last checkpoint when it is called again.
 
     Args:
-        model: a sparse model without adapters; changed in place.
+        model: a sparse model without adapters; changed in place, but for FSDP, which leaves it in
+            shards: go on with the result's.
         tokenizer: of the model; saved beside merged weights.
         examples: to train on, from :func:`load_examples`.
         heldout: to measure the loss on, or None.
@@ -134,6 +135,7 @@ def finetune(
         dense=lambda: run_dense(model),
         progress=progress,
     )
+    model = state_owner(trained)
     asked = {name: site.sparsity for name, site in state.config.sites.items()}
     drifted = _end(model, examples, options, asked, dtype, progress)
     if merge and not options.full:

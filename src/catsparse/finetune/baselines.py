@@ -32,7 +32,8 @@ def run_baseline(
     progress: bool = True,
     keep_checkpoints: bool = False,
 ) -> list[Row]:
-    """Train an adapter on a dense model for its loss at each step; the model comes back unchanged.
+    """Train an adapter on a dense model for its loss at each step; the model comes back unchanged,
+    but for FSDP, which leaves it in shards: load it again.
 
     Args:
         model: a dense model with gated MLPs.

@@ -34,6 +34,7 @@ from ..surgery import threshold_every_token
 from .counting import SparsityLog
 from .examples import Examples, collate
 from .options import FinetuneOptions
+from .sharded import gather, without_weights
 from .trainer import (
     TRAINER_STATE_NAME,
     LogWithCheckpoints,
@@ -75,7 +76,8 @@ def train(
         progress: show a progress bar on stderr.
 
     Returns:
-        The PEFT model around ``model`` (for full fine-tuning ``model``), and the log's rows.
+        The PEFT model around ``model`` (for full fine-tuning ``model``), and the log's rows. FSDP
+        leaves ``model`` in shards; it is then one around a copy.
 
     Raises:
         CatsparseError: the loss is not finite, or the checkpoint is of another run.
@@ -104,9 +106,6 @@ def train(
 
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(progress and arguments.process_index == 0))
-        if sparsity is not None:
-            stack.enter_context(threshold_every_token(model))
-            stack.enter_context(sparsity.counting())
         trainer = SparseTrainer(
             model=trained,
             args=arguments,
@@ -124,7 +123,12 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if options.early_stop is not None:
             trainer.add_callback(EarlyStoppingCallback(options.early_stop))
-        if resume is not None and _is_over(resume, options):
+        over = resume is not None and _is_over(resume, options)
+        empty = without_weights(trained) if trainer.is_fsdp_enabled and not over else None
+        if sparsity is not None:
+            stack.enter_context(threshold_every_token(model))
+            stack.enter_context(sparsity.counting())
+        if resume is not None and over:
             trainer.take(resume)  # it was interrupted after its last step
         else:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -137,6 +141,8 @@ def train(
     trainer.accelerator.wait_for_everyone()
     # Where accelerate wrapped forwards (bf16), the model goes on without.
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if empty is not None:
+        trained = gather(trainer.model, empty)
     trained.eval()
     return trained, _rows(trainer.state.log_history, variant)
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TaskID
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from ..adapters import ADAPTER_WEIGHTS
 from ..errors import CatsparseError
 from ..strict_json import parse_json
 from .counting import SparsityLog
@@ -166,7 +168,18 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             checkpoint = checkpoint.parent / Path(best).name
-        self._load_from_checkpoint(str(checkpoint))
+        if not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(checkpoint))
+        elif (weights := checkpoint / ADAPTER_WEIGHTS).exists():  # nothing is sharded yet
+            import peft
+
+            peft.set_peft_model_state_dict(self.model, load_file(weights))
+            self.is_fsdp_enabled = False  # nor need it be, to be measured
+        else:
+            raise CatsparseError(
+                f"the run is over, but FSDP left its weights in {checkpoint} in shards; train an "
+                "adapter with fsdp_state_dict_type FULL_STATE_DICT, in another output folder"
+            )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.refuse_broken()
