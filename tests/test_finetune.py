@@ -596,7 +596,15 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
     long = windows_as_examples(tiny.tokens(2, 129), "a book")
     refused(r"129 tokens, more than .* context of 128", sparse(base), examples=long)
     refused(r"129 tokens, more than .* context of 128", sparse(base), heldout=long)
+    row = Examples(long.examples, "talks", table=True)
+    refused("context of 128; shorten or leave out the row", sparse(base), examples=row)
     refused("nothing holds no sequence", sparse(base), examples=Examples([], "nothing"))
+
+
+def test_a_folder_with_a_whole_model_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+    catsparse.save(sparse(base), tmp_path, merge=True)
+    with killed_in_step(1), pytest.raises(CatsparseError, match="holds a whole model"):
+        tune(sparse(base), tmp_path)
 
 
 def test_an_adapter_on_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
@@ -627,6 +635,16 @@ def test_targets(base: Path) -> None:
     assert chosen("all") == mlp | attention | rest  # the output head is in no layer
     assert chosen("o_proj,mlp.up_proj") == named("self_attn.o_proj", "mlp.up_proj")
     assert chosen("model.layers.1.mlp.up_proj") == {"1.mlp.up_proj"}
+
+
+def test_a_tied_head_is_no_target() -> None:
+    model = tiny.build(tiny.llama_config(tie_word_embeddings=True))
+    sites, _ = find_sites(model)
+    with pytest.raises(
+        CatsparseError, match=r"lm_head shares its weight .* leave it out"
+    ) as caught:
+        adapter_targets(model, sites, "mlp,lm_head")
+    one_line(caught.value)
 
 
 def test_targets_of_a_fused_mlp() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from ..config import DEFAULT_METHOD, METHODS, PRODUCT, check_choice, check_method, check_preview
 from ..errors import CatsparseError
+from ..files import check_target
 from .common import (
     Column,
     Data,
@@ -170,6 +171,7 @@ def finetune(
     for texts in (examples, measured):
         check_context(loaded, texts)
     make_folder(output)
+    check_target(output, merge or full)
     stored = loaded.dtype
     if dtype == "auto" and loaded.device.type == "cpu":
         loaded.float()  # half precision is slow there

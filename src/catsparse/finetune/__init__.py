@@ -17,6 +17,7 @@ import torch
 from .. import hub
 from ..config import SparsityConfig
 from ..errors import CatsparseError
+from ..files import check_target
 from ..modules import sparse_modules
 from ..recalibration import (
     hold_thresholds,
@@ -123,6 +124,7 @@ def finetune(
             "the model holds a PEFT adapter already; load it with merge_adapter=True first"
         )
     refuse_inputs(state.config)
+    check_target(output, merge or options.full)
     for texts in (examples, *([] if heldout is None else [heldout])):
         check_context(model, texts)
     sites = sites_of(model)
@@ -175,7 +177,11 @@ def _end(
             progress=show and is_main_process(),
         )
     counts = log.take()
-    assert counts is not None  # every site has seen a token, or recalibrate would have said so
+    if counts is None:
+        raise CatsparseError(
+            f"no token of {examples.name} reached some of the sparse MLPs, so their thresholds "
+            "cannot be set anew; give more text"
+        )
     kept, kept_down, pairs = counts.cpu().unbind(1)
     now = list(zip((1 - kept / pairs).tolist(), (1 - kept_down / pairs).tolist(), strict=True))
     achieved = dict(zip(log.modules, now, strict=True))
@@ -213,10 +219,11 @@ def check_context(model: Any, examples: Examples) -> None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.ids) for example in examples.examples)
+    remedy = "shorten or leave out the row" if examples.table else "give a shorter --seq-len"
     if limit is not None and longest > limit:
         raise CatsparseError(
             f"a sequence of {examples.name} has {longest:,} tokens, more than the model's context "
-            f"of {limit:,}; give a shorter --seq-len"
+            f"of {limit:,}; {remedy}"
         )
 
 

@@ -37,6 +37,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             None to train towards the labels.
     """
 
+    is_fsdp_enabled: bool
+
     def __init__(
         self, *args: Any, sparsity: SparsityLog | None, teacher: Teacher | None, **kwargs: Any
     ) -> None:
