@@ -193,6 +193,7 @@ def _arguments(
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
+        "average_tokens_across_devices": True,  # a step's labels are counted on all
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": _SCHEDULERS[options.schedule],
         "warmup_steps": options.warmup,  # a share below 1
