@@ -28,6 +28,7 @@ from catsparse.config import SparsityConfig
 from catsparse.curves import loss_figure
 from catsparse.data import load_windows
 from catsparse.evaluate import Evaluation, Perplexity, evaluate
+from catsparse.files import write_atomic
 from catsparse.finetune import (
     Examples,
     FinetuneOptions,
@@ -131,7 +132,7 @@ class Run:
         }
         self.rows += [common | row for row in new]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        self.path.write_text(text, encoding="utf-8")
+        write_atomic(self.path, lambda path: _write(path, text))
         print(f"{self.label}, {setting}: {seconds:.0f} s", flush=True)
 
     def model(self) -> tuple[Any, torch.dtype]:
@@ -250,6 +251,10 @@ class Run:
         name = f"finetune-{self.label}"
         paths = save_figures({name: loss_figure(rows)}, self.args.images, ("svg",))
         return paths[0]
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _measured(when: str, config: SparsityConfig, e: Evaluation) -> dict[str, float]:

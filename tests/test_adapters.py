@@ -146,6 +146,35 @@ def test_thresholds_follow_a_loaded_adapter(base: Path, saved: Path, tmp_path: P
     assert (tmp_path / ADAPTER_WEIGHTS).exists()
 
 
+def test_an_adapter_of_a_tied_head_is_not_merged(tmp_path: Path) -> None:
+    """It would change the embedding, too."""
+    base = save_base(tmp_path / "tied", llama_config(tie_word_embeddings=True))
+    model = adapted(sparse_model(base), target_modules=["lm_head", "q_proj"])
+    catsparse.save(model, tmp_path / "out")
+    assert all(map(torch.equal, both(catsparse.load(tmp_path / "out")), both(model)))
+    refused(
+        lambda: catsparse.load(tmp_path / "out", merge_adapter=True),
+        "lm_head shares its weight with model.embed_tokens",
+    )
+
+
+def test_an_adapter_that_peft_cannot_merge(base: Path, tmp_path: Path) -> None:
+    catsparse.save(adapted(sparse_model(base), lora_bias=True), tmp_path / "out")
+    refused(
+        lambda: catsparse.load(tmp_path / "out", merge_adapter=True),
+        "cannot be merged .* without merge_adapter",
+    )
+
+
+def test_no_adapter_beside_other_weights(base: Path, tmp_path: Path) -> None:
+    """They would be read instead of the base model's."""
+    catsparse.save(sparse_model(base), tmp_path / "out", merge=True)
+    before = both(catsparse.load(tmp_path / "out"))
+    model = adapted(sparse_model(base))
+    refused(lambda: catsparse.save(model, tmp_path / "out"), "holds a whole model")
+    assert all(map(torch.equal, both(catsparse.load(tmp_path / "out")), before))
+
+
 def refused(call: Any, match: str) -> None:
     with pytest.raises(CatsparseError, match=match) as caught:
         call()

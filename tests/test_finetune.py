@@ -21,6 +21,7 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, hub
 from catsparse.finetune import (
+    Example,
     Examples,
     FinetuneOptions,
     adapter_targets,
@@ -41,6 +42,15 @@ DATA = tiny.tokens(32, 24, seed=21)
 TRAIN = windows_as_examples(DATA[:24], "the text")
 HELDOUT = windows_as_examples(DATA[24:], "the rest")
 SAME = Examples([TRAIN[0]] * 24, "one window")
+# As conversations: of other lengths, and only the end counts.
+UNEQUAL = Examples(
+    [
+        Example(ids[:n], torch.where(torch.arange(n) < n // 2, -100, ids[:n]))
+        for ids, n in zip(DATA, [4, 24, 7, 20, 15, 24, 5, 9] * 3, strict=False)
+    ],
+    "talks",
+    table=True,
+)
 QUICK = FinetuneOptions(
     steps=6, batch_size=2, rank=4, learning_rate=0.01, log_every=2, eval_every=3, save_every=2
 )
@@ -245,6 +255,28 @@ def test_accumulated_steps_are_larger_batches(base: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(losses(one.rows), losses(other.rows), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("distill", [False, True], ids=["text", "distilled"])
+def test_every_counted_token_weighs_alike(base: Path, tmp_path: Path, distill: bool) -> None:
+    """Conversations differ in length: a step's loss is over all its labels, however it is cut into
+    passes, and that of held-out ones over all theirs."""
+    options = replace(QUICK, batch_size=4, distill=distill)
+    half = replace(options, batch_size=2, accumulation=2)
+    one = tune(sparse(base), tmp_path / "one", options, examples=UNEQUAL, heldout=UNEQUAL)
+    other = tune(sparse(base), tmp_path / "other", half, examples=UNEQUAL, heldout=UNEQUAL)
+    for name in ("loss", "eval_loss"):
+        torch.testing.assert_close(
+            losses(one.rows, name), losses(other.rows, name), rtol=1e-4, atol=1e-4
+        )
+    model, total, count = sparse(base), 0.0, 0
+    for example in UNEQUAL:
+        with torch.no_grad():
+            log_p = model(input_ids=example.ids[None]).logits[0, :-1].log_softmax(-1)
+        wanted = example.labels[1:]
+        total -= float(log_p[wanted != -100].gather(1, wanted[wanted != -100, None]).sum())
+        count += int((wanted != -100).sum())
+    assert losses(one.rows, "eval_loss")[0] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_checkpointed_activations_change_nothing(base: Path, tmp_path: Path) -> None:
     setting = {"method": "product", "preview": 4}
     plain = tune(sparse(base, **setting), tmp_path / "plain")
@@ -331,21 +363,65 @@ def test_a_run_killed_after_its_last_step_is_only_finished(base: Path, tmp_path:
     assert again.config == whole.config
 
 
-@pytest.mark.parametrize("what", ["options", "data", "model", "sparsity"])
+def test_a_run_killed_before_its_output_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints stay until then: no step is made again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save", _kill)
+        with pytest.raises(Killed):
+            tune(sparse(base), tmp_path / "killed")
+    with killed_in_step(1):
+        again = tune(sparse(base), tmp_path / "killed")
+    assert again.rows == tune(sparse(base), tmp_path / "whole").rows
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def _kill(*args: Any, **kwargs: Any) -> None:
+    raise Killed
+
+
+def test_rows_are_the_same_wherever_a_checkpoint_lies(base: Path, tmp_path: Path) -> None:
+    """Between two rows of the log, too, and in a later pass over the data."""
+    options = replace(QUICK, steps=11, log_every=4, save_every=3, eval_every=0)
+    examples = Examples(TRAIN.examples[:10], "five steps")
+    whole = tune(sparse(base), tmp_path / "whole", options, examples=examples)
+    with killed_in_step(8), pytest.raises(Killed):
+        tune(sparse(base), tmp_path / "killed", options, examples=examples)
+    again = tune(sparse(base), tmp_path / "killed", options, examples=examples)
+    assert [r["step"] for r in again.rows] == [r["step"] for r in whole.rows]
+    for name in ("loss", "sparsity"):
+        torch.testing.assert_close(
+            losses(again.rows, name), losses(whole.rows, name), rtol=1e-5, atol=1e-6
+        )
+
+
+ANOTHER = ["options", "data", "a prompt", "held-out data", "model", "sparsity", "compensation"]
+
+
+@pytest.mark.parametrize("what", ANOTHER)
 def test_checkpoints_of_another_run_are_refused(base: Path, tmp_path: Path, what: str) -> None:
-    tune(sparse(base), tmp_path, keep_checkpoints=True)
-    model, options, examples = sparse(base), QUICK, TRAIN
+    tune(sparse(base), tmp_path, examples=UNEQUAL, keep_checkpoints=True)
+    model, options, examples, heldout = sparse(base), QUICK, UNEQUAL, HELDOUT
     if what == "options":
         options = replace(QUICK, learning_rate=0.03)
     elif what == "data":
-        examples = windows_as_examples(DATA[1:25], "the text")
+        examples = TRAIN
+    elif what == "a prompt":  # of which no token counts
+        first = UNEQUAL[0]
+        changed = Example(torch.cat([first.ids[:1] + 1, first.ids[1:]]), first.labels)
+        examples = Examples([changed, *UNEQUAL.examples[1:]], "talks", table=True)
+    elif what == "held-out data":
+        heldout = TRAIN
     elif what == "model":
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    else:
+    elif what == "sparsity":
         model = sparse(base, sparsity=0.4)
+    else:
+        model = sparse(base, compensate=False)
     with pytest.raises(CatsparseError, match="another output folder") as caught:
-        finetune(model, None, examples, HELDOUT, options, tmp_path, progress=False)
+        finetune(model, None, examples, heldout, options, tmp_path, progress=False)
     one_line(caught.value)
 
 
@@ -366,7 +442,69 @@ def test_early_stop_takes_the_best(base: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(measured[best], rel=1e-5)
 
 
+STOPPING = replace(QUICK, steps=60, learning_rate=0.05, early_stop=3, schedule="constant")
+
+
+def test_a_killed_run_stops_as_early(base: Path, tmp_path: Path) -> None:
+    """How often nothing was won is remembered."""
+    whole = tune(sparse(base), tmp_path / "whole", STOPPING)
+    last = whole.rows[-1]["step"]
+    with killed_in_step(last - 1), pytest.raises(Killed):  # after two evaluations in vain
+        tune(sparse(base), tmp_path / "killed", STOPPING)
+    again = tune(sparse(base), tmp_path / "killed", STOPPING)
+    assert [r["step"] for r in again.rows] == [r["step"] for r in whole.rows]
+    for name, tensor in adapter(tmp_path / "killed").items():
+        torch.testing.assert_close(tensor, adapter(tmp_path / "whole")[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [60, 15], ids=["stopped", "at its last step"])
+def test_killed_at_its_end_it_still_takes_the_best(base: Path, tmp_path: Path, steps: int) -> None:
+    options = replace(STOPPING, steps=steps)
+    whole = tune(sparse(base), tmp_path / "whole", options, keep_checkpoints=True)
+    weights = adapter(tmp_path / "whole")
+    measured = losses(whole.rows, "eval_loss")
+    assert min(measured[1:]) < measured[-1]
+    with killed_in_step(1):  # no step is made
+        again = tune(sparse(base), tmp_path / "whole", options)
+    assert again.rows == whole.rows
+    for name, tensor in adapter(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights[name])
+
+
 # -- what goes wrong
+
+
+def test_weights_that_are_not_finite_at_the_end(base: Path, tmp_path: Path) -> None:
+    """The last step breaks them: no loss tells, and no checkpoint is made that would."""
+    real = SparseTrainer.training_step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = real(self, *args, **kwargs)
+        if self.state.global_step == QUICK.steps - 1:
+            next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = math.inf
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseTrainer, "training_step", step)
+        options = replace(QUICK, save_every=0)
+        with pytest.raises(CatsparseError, match="a trained weight is not finite") as caught:
+            tune(sparse(base), tmp_path, options, heldout=None)
+    one_line(caught.value)
+    assert not (tmp_path / "catsparse.json").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer.cross_entropy
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return real(logits, labels) * (1 if torch.is_grad_enabled() else math.nan)
+
+    monkeypatch.setattr(trainer, "cross_entropy", loss)
+    with pytest.raises(CatsparseError, match="held-out text is not finite") as caught:
+        tune(sparse(base), tmp_path)
+    one_line(caught.value)
 
 
 @pytest.mark.parametrize("where", ["loss", "weights"])
@@ -456,8 +594,17 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
     )
     refused("no linear layer", sparse(base), options=replace(QUICK, targets="mlp,atention"))
     long = windows_as_examples(tiny.tokens(2, 129), "a book")
-    with pytest.raises(CatsparseError, match=r"129 tokens, more than .* context of 128"):
-        finetune(sparse(base), None, long, None, QUICK, tmp_path, progress=False)
+    refused(r"129 tokens, more than .* context of 128", sparse(base), examples=long)
+    refused(r"129 tokens, more than .* context of 128", sparse(base), heldout=long)
+    row = Examples(long.examples, "talks", table=True)
+    refused("context of 128; shorten or leave out the row", sparse(base), examples=row)
+    refused("nothing holds no sequence", sparse(base), examples=Examples([], "nothing"))
+
+
+def test_a_folder_with_a_whole_model_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+    catsparse.save(sparse(base), tmp_path, merge=True)
+    with killed_in_step(1), pytest.raises(CatsparseError, match="holds a whole model"):
+        tune(sparse(base), tmp_path)
 
 
 def test_an_adapter_on_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
@@ -488,6 +635,16 @@ def test_targets(base: Path) -> None:
     assert chosen("all") == mlp | attention | rest  # the output head is in no layer
     assert chosen("o_proj,mlp.up_proj") == named("self_attn.o_proj", "mlp.up_proj")
     assert chosen("model.layers.1.mlp.up_proj") == {"1.mlp.up_proj"}
+
+
+def test_a_tied_head_is_no_target() -> None:
+    model = tiny.build(tiny.llama_config(tie_word_embeddings=True))
+    sites, _ = find_sites(model)
+    with pytest.raises(
+        CatsparseError, match=r"lm_head shares its weight .* leave it out"
+    ) as caught:
+        adapter_targets(model, sites, "mlp,lm_head")
+    one_line(caught.value)
 
 
 def test_targets_of_a_fused_mlp() -> None:
@@ -528,6 +685,7 @@ def test_baselines(base: Path, tmp_path: Path, kind: str, distill: bool) -> None
     assert torch.equal(tiny.logits(model), before)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert {row["variant"] for row in rows} == {kind}
+    assert not (tmp_path / "checkpoints").exists()
     assert all("sparsity" not in row for row in rows)
     if kind == "relu":
         for layer in model.model.layers:

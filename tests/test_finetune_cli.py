@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 import catsparse
+import catsparse.finetune as finetune_package
 from catsparse import hub
+from catsparse.finetune.trainer import SparseTrainer
 from command import call, run
 from test_finetune_examples import PLAIN, TALK
 
@@ -92,6 +91,36 @@ def test_a_folder_merged_and_with_baselines(
     assert "--sparsity does nothing here" in stderr
 
 
+def test_interrupted_in_the_baselines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run before them is not made again, and all checkpoints go at the end."""
+    args = ["default", *SMALL, "--baselines", "-o", tmp_path / "out"]
+    real = finetune_package.run_baseline
+
+    def interrupted(model: Any, kind: str, *rest: Any, **options: Any) -> Any:
+        if kind == "relu":
+            raise KeyboardInterrupt
+        return real(model, kind, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_package, "run_baseline", interrupted)
+        code, _, stderr = run(capsys, "finetune", *args)
+    assert code == 130
+    assert "goes on from the last checkpoint" in stderr
+    steps = []
+    step = SparseTrainer.training_step
+
+    def counting(self: Any, *given: Any, **options: Any) -> Any:
+        steps.append(self.state.global_step)
+        return step(self, *given, **options)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", counting)
+    assert list(result(capsys, *args)["eval_loss"]) == ["energy", "dense", "relu"]
+    assert steps == [0, 1, 2, 3]  # of the last one
+    assert not list((tmp_path / "out").rglob("checkpoints"))
+
+
 def test_text_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "finetune", "default", *SMALL, "-o", tmp_path / "out")
     assert code == 0
@@ -148,37 +177,3 @@ def test_one_clear_sentence(
     assert len(line) == 1
     assert words in line[0]
     assert "Traceback" not in stderr
-
-
-def test_two_processes_are_one_with_twice_the_batch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the CPU, by gloo; accelerate launch starts GPUs' processes in the same way."""
-    options = [*("--seq-len", "64", "--steps", "3", "--log-every", "1", "--rank", "4")]
-    options += ["--heldout-tokens", "512", "--eval-every", "0", "--distill", "--json"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", "29611", "-m", "catsparse.cli", "finetune", "default"),
-            *(*options, "--batch-size", "1", "--device", "cpu", "-o", str(tmp_path / "two")),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout)
-    one = result(capsys, "default", *options[:-1], "--batch-size", "2", "-o", tmp_path / "one")
-
-    def rows(folder: str) -> list[dict[str, Any]]:
-        text = (tmp_path / folder / "training.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    for a, b in zip(rows("two"), rows("one"), strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() & {"step", "loss", "eval_loss", "sparsity"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
-    assert two["after"]["perplexity"] == pytest.approx(one["after"]["perplexity"], rel=1e-3)
-    adapters = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("two", "one")]
-    assert adapters[0].keys() == adapters[1].keys()

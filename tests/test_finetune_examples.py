@@ -184,11 +184,11 @@ def test_no_chat_template(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_collating_pads_at_the_end() -> None:
     one = Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORED, 6, 7]))
-    other = Example(torch.tensor([8]), torch.tensor([8]))
+    other = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))
     batch = collate([one, other])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert "attention_mask" not in collate([one, one])
 
 

@@ -27,6 +27,18 @@ def has_adapters(model: Any) -> bool:
     return any(hasattr(module, "base_layer") for module in model.modules())
 
 
+def shares_weight(model: Any, name: str) -> str | None:
+    """Another module of ``model`` with the very weight of the one called ``name``; None if there is
+    none. An output head may have the embedding's."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    others = (
+        other
+        for other, module in model.named_modules()
+        if other != name and weight is not None and module._parameters.get("weight") is weight
+    )
+    return next(others, None)
+
+
 def write_adapter(model: Any, folder: Path, base: str) -> None:
     """Write the one adapter of ``model`` as PEFT's ``save_pretrained`` does.
 
@@ -110,10 +122,25 @@ def attach_adapter(model: Any, config_path: Path, weights_path: Path) -> None:
 @torch.no_grad()
 def fold_adapters(model: Any) -> Any:
     """Merge the adapters of ``model`` into its weights in place and return it, so that kernels can
-    read them. (A PEFT wrapper has ``merge_and_unload`` for that.)"""
+    read them. (A PEFT wrapper has ``merge_and_unload`` for that.)
+
+    Raises:
+        CatsparseError: one cannot be merged, or only together with another layer's weight.
+    """
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
     for name, layer in layers.items():
-        layer.merge()
+        if (other := shares_weight(model, f"{name}.base_layer")) is not None:
+            raise CatsparseError(
+                f"{name} shares its weight with {other}, which merging its adapter would change "
+                "too; load the model without merge_adapter"
+            )
+        try:
+            layer.merge()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise CatsparseError(
+                f"the adapter of {name} cannot be merged ({first_sentence(error)}); load the model "
+                "without merge_adapter"
+            ) from error
         parent, _, child = name.rpartition(".")
         # Through setattr: a sparse MLP must hear of it.
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that they may be put into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from .errors import CatsparseError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,3 +29,18 @@ def default_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def check_target(target: Path, merge: bool) -> None:
+    """
+    Raises:
+        CatsparseError: nothing can be saved there, or ``catsparse.load`` would then read other
+            weights.
+    """
+    if target.exists() and not target.is_dir():
+        raise CatsparseError(f"{target} is a file; name a folder")
+    if not merge and (target / "config.json").exists():
+        raise CatsparseError(
+            f"{target} holds a whole model, whose weights would be read instead of the base "
+            "model's; name another folder, or save with merge=True (--merge)"
+        )

@@ -34,7 +34,7 @@ from .calibration import Calibration
 from .card import model_card
 from .config import CALIBRATION_NAME, CONFIG_NAME, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
-from .files import default_mode
+from .files import check_target, default_mode
 from .merged_weights import write_weights
 from .methods import SiteThreshold
 from .modules import sparse_modules
@@ -90,8 +90,7 @@ def save_files(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
         )
     config = replace(state.config, base_model=_portable_base(state.config, merge))
-    if target.exists() and not target.is_dir():
-        raise CatsparseError(f"{target} is a file; name a folder")
+    check_target(target, merge)
     tensors = {} if state.calibration is None else state.calibration.tensors()
     metadata = {} if state.calibration is None else state.calibration.metadata()
     metadata["catsparse.digest"] = _digest(config)

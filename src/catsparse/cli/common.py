@@ -95,15 +95,6 @@ def _placed(model: Any, device: str | None) -> Any:
         raise CatsparseError(f"cannot use the device {name}: {reason}") from error
 
 
-def processes() -> int:
-    """How many ``accelerate launch`` started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def refuse_options(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Say so where an option was given that would do nothing."""
     for name in names:

@@ -11,6 +11,7 @@ import typer
 
 from ..config import DEFAULT_METHOD, METHODS, PRODUCT, check_choice, check_method, check_preview
 from ..errors import CatsparseError
+from ..files import check_target
 from .common import (
     Column,
     Data,
@@ -20,11 +21,9 @@ from .common import (
     Model,
     SeqLen,
     err,
-    is_main_process,
     load,
     load_dense,
     make_folder,
-    processes,
     refuse_options,
 )
 
@@ -122,7 +121,13 @@ def finetune(
     """
     from .. import hub
     from ..adapters import ADAPTER_CONFIG
-    from ..finetune import FinetuneOptions, check_context, require_packages
+    from ..finetune import (
+        FinetuneOptions,
+        check_context,
+        is_main_process,
+        remove_checkpoints,
+        require_packages,
+    )
     from ..finetune import finetune as train
     from .finetune_report import report
 
@@ -163,8 +168,10 @@ def finetune(
         _check_dense(sparsity, bytes_skipped, method, preview)
         loaded, tokenizer = load_dense(model, device, dtype)
     examples, measured = _texts(data, heldout, heldout_tokens, tokenizer, seq_len, column, options)
-    check_context(loaded, examples)
+    for texts in (examples, measured):
+        check_context(loaded, texts)
     make_folder(output)
+    check_target(output, merge or full)
     stored = loaded.dtype
     if dtype == "auto" and loaded.device.type == "cpu":
         loaded.float()  # half precision is slow there
@@ -178,14 +185,18 @@ def finetune(
             *(loaded, tokenizer, examples, measured, options, output),
             dtype=stored,
             merge=merge,
-            keep_checkpoints=keep_checkpoints,
+            keep_checkpoints=keep_checkpoints or baselines,  # interrupted there, it is not lost
         )
         after = _measure(result.model, measured, before) if show else None
         rows = list(result.rows)
         if baselines:
-            rows += _baselines(model, device, dtype, examples, measured, options, output)
+            where = output / "baselines"
+            rows += _baselines(model, device, dtype, examples, measured, options, where)
+            if show and not keep_checkpoints:
+                for folder in (output, *where.iterdir()):
+                    remove_checkpoints(folder)
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from the last checkpoint")
+        err.print("interrupted; the same command goes on from the last checkpoint, if one was made")
         raise typer.Exit(130) from None
     if show:
         report(result, rows, before, after, examples, output, json)
@@ -214,7 +225,7 @@ def _texts(
 ) -> tuple[Examples, Examples]:
     """What to train and to measure on."""
     from .. import hub
-    from ..finetune import load_examples
+    from ..finetune import load_examples, process_count
 
     read = partial(
         load_examples, tokenizer=tokenizer, seq_len=seq_len, seed=options.seed, column=column
@@ -222,7 +233,7 @@ def _texts(
     name = None if data else "the bundled calibration text"
     if data is None and heldout is None:
         heldout = str(hub.bundled_text("heldout"))
-    used = options.steps * options.batch_size * options.accumulation * processes() * seq_len
+    used = options.steps * options.batch_size * options.accumulation * process_count() * seq_len
     more = heldout_tokens if heldout is None else 0
     source = data or str(hub.bundled_text("calibration"))
     examples = read(source, tokens=max(used, seq_len) + more, name=name)
@@ -239,6 +250,7 @@ def _make_sparse(
     stored: Any,
     wanted: tuple[float | None, float | None, str | None, bool, int | None],
 ) -> None:
+    from ..finetune import is_main_process
     from ..observation import calibrate
     from ..surgery import sparsify
 
@@ -277,22 +289,22 @@ def _baselines(
     examples: Examples,
     measured: Examples,
     options: FinetuneOptions,
-    output: Path,
+    folder: Path,
 ) -> list[Row]:
-    """The rows of the same run on the dense model, and with ReLU."""
+    """The rows of the same run on the dense model, and with ReLU; checkpoints stay."""
     from ..finetune import BASELINES, run_baseline
     from ..modules import sparse_modules
     from ..surgery import densify
 
-    model, _ = load(name, device, dtype)  # once more: the adapter may be merged into the other
-    if dtype == "auto" and model.device.type == "cpu":
-        model.float()
-    if sparse_modules(model):
-        densify(model)
-    return [
-        row
-        for kind in BASELINES
-        for row in run_baseline(
-            model, kind, examples, measured, options, output / "baselines" / kind
+    rows = []
+    for kind in BASELINES:
+        # Once more: the adapter may be merged into the other, and FSDP leaves a model in shards.
+        model, _ = load(name, device, dtype)
+        if dtype == "auto" and model.device.type == "cpu":
+            model.float()
+        if sparse_modules(model):
+            densify(model)
+        rows += run_baseline(
+            *(model, kind, examples, measured, options, folder / kind), keep_checkpoints=True
         )
-    ]
+    return rows

@@ -23,6 +23,7 @@ from ..config import (
     check_sparsity,
 )
 from ..errors import CatsparseError
+from ..files import check_target
 from .common import (
     BatchSize,
     Column,
@@ -121,6 +122,7 @@ def sparsify(
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_choice("scope", scope, SCOPES)
     check_preview(preview)
+    check_target(output, merge)
     if store_preview and not merge:
         raise CatsparseError("--store-preview writes beside the weights; give --merge as well")
     if store_preview and preview is None and not (Path(model) / CONFIG_NAME).is_file():

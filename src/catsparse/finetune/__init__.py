@@ -8,7 +8,6 @@ activations to zero and leaves the rest to autograd. The decision itself has no 
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from .. import hub
 from ..config import SparsityConfig
 from ..errors import CatsparseError
+from ..files import check_target
 from ..modules import sparse_modules
 from ..recalibration import (
     hold_thresholds,
@@ -31,7 +31,8 @@ from .baselines import run_baseline
 from .counting import SparsityLog
 from .examples import Example, Examples, chat_example, load_examples, windows_as_examples
 from .options import BASELINES, SCHEDULES, THRESHOLDS, FinetuneOptions
-from .running import LOG_NAME, Row, train, write_rows
+from .processes import is_main_process, process_count
+from .running import LOG_NAME, Row, remove_checkpoints, train, write_rows
 from .targets import adapter_targets
 
 __all__ = [
@@ -49,7 +50,10 @@ __all__ = [
     "chat_example",
     "check_context",
     "finetune",
+    "is_main_process",
     "load_examples",
+    "process_count",
+    "remove_checkpoints",
     "require_packages",
     "run_baseline",
     "windows_as_examples",
@@ -94,7 +98,8 @@ def finetune(
     An interrupted run goes on from its last checkpoint when it is called again.
 
     Args:
-        model: a sparse model without adapters; changed in place.
+        model: a sparse model without adapters; changed in place, but for FSDP, which leaves it in
+            shards: go on with the result's.
         tokenizer: of the model; saved beside merged weights.
         examples: to train on, from :func:`load_examples`.
         heldout: to measure the loss on, or None.
@@ -104,7 +109,8 @@ def finetune(
             for the model's own, which may be another for training.
         merge: fold the adapter into the weights and write them. Full fine-tuning always does.
         progress: show a progress bar on stderr.
-        keep_checkpoints: leave the Trainer's checkpoints in ``output/checkpoints``.
+        keep_checkpoints: leave the Trainer's checkpoints in ``output/checkpoints``; else they go
+            once the output is written.
 
     Raises:
         CatsparseError: PEFT or accelerate are missing, the model is dense, holds adapters or drops
@@ -118,7 +124,9 @@ def finetune(
             "the model holds a PEFT adapter already; load it with merge_adapter=True first"
         )
     refuse_inputs(state.config)
-    check_context(model, examples)
+    check_target(output, merge or options.full)
+    for texts in (examples, *([] if heldout is None else [heldout])):
+        check_context(model, texts)
     sites = sites_of(model)
     targets = [] if options.full else adapter_targets(model, sites, options.targets)
     dtype = model.dtype if dtype is None else dtype
@@ -128,8 +136,8 @@ def finetune(
         *(model, targets, examples, heldout, options, output, state.config.method),
         dense=lambda: run_dense(model),
         progress=progress,
-        keep_checkpoints=keep_checkpoints,
     )
+    model = state_owner(trained)
     asked = {name: site.sparsity for name, site in state.config.sites.items()}
     drifted = _end(model, examples, options, asked, dtype, progress)
     if merge and not options.full:
@@ -142,6 +150,8 @@ def finetune(
         if merge or options.full:
             tokenizer.save_pretrained(output)
         write_rows(output / LOG_NAME, rows)
+        if not keep_checkpoints:
+            remove_checkpoints(output)
     return FineTuned(model, rows, state_of(model).config, asked, drifted)
 
 
@@ -167,7 +177,11 @@ def _end(
             progress=show and is_main_process(),
         )
     counts = log.take()
-    assert counts is not None  # every site has seen a token, or recalibrate would have said so
+    if counts is None:
+        raise CatsparseError(
+            f"no token of {examples.name} reached some of the sparse MLPs, so their thresholds "
+            "cannot be set anew; give more text"
+        )
     kept, kept_down, pairs = counts.cpu().unbind(1)
     now = list(zip((1 - kept / pairs).tolist(), (1 - kept_down / pairs).tolist(), strict=True))
     achieved = dict(zip(log.modules, now, strict=True))
@@ -195,18 +209,21 @@ def bytes_skipped_at(
 
 
 def check_context(model: Any, examples: Examples) -> None:
-    """Whether every sequence fits into the model's context.
+    """Whether there are sequences, and every one fits into the model's context.
 
     Raises:
-        CatsparseError: one does not.
+        CatsparseError: there are none, or one does not fit.
     """
+    if not len(examples):
+        raise CatsparseError(f"{examples.name} holds no sequence; give more text")
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.ids) for example in examples.examples)
+    remedy = "shorten or leave out the row" if examples.table else "give a shorter --seq-len"
     if limit is not None and longest > limit:
         raise CatsparseError(
             f"a sequence of {examples.name} has {longest:,} tokens, more than the model's context "
-            f"of {limit:,}; give a shorter --seq-len"
+            f"of {limit:,}; {remedy}"
         )
 
 
@@ -221,8 +238,3 @@ def require_packages() -> None:
         raise CatsparseError(
             f"fine-tuning needs {' and '.join(missing)}: pip install 'catsparse[finetune]'"
         )
-
-
-def is_main_process() -> bool:
-    """Of those that ``accelerate launch`` started."""
-    return os.environ.get("RANK", "0") == "0"

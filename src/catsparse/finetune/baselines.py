@@ -16,7 +16,8 @@ from ..modules import sparse_modules
 from ..sites import Site, require_sites
 from .examples import Examples
 from .options import BASELINES, FinetuneOptions
-from .running import Row, train
+from .processes import is_main_process
+from .running import Row, remove_checkpoints, train
 from .targets import adapter_targets
 
 
@@ -29,8 +30,10 @@ def run_baseline(
     folder: Path,
     *,
     progress: bool = True,
+    keep_checkpoints: bool = False,
 ) -> list[Row]:
-    """Train an adapter on a dense model for its loss at each step; the model comes back unchanged.
+    """Train an adapter on a dense model for its loss at each step; the model comes back unchanged,
+    but for FSDP, which leaves it in shards: load it again.
 
     Args:
         model: a dense model with gated MLPs.
@@ -38,6 +41,8 @@ def run_baseline(
             (ReLUfication, arXiv 2310.04564).
         examples, heldout, options: those of the run it is compared with.
         folder: for its log and checkpoints.
+        progress: show a progress bar on stderr.
+        keep_checkpoints: leave them there: a second call then only reads the rows.
 
     Raises:
         CatsparseError: the model is sparse, the options ask for full fine-tuning, or an activation
@@ -64,6 +69,8 @@ def run_baseline(
     finally:
         if replaced is not None:
             replaced.undo()
+    if not keep_checkpoints and is_main_process():
+        remove_checkpoints(folder)
     return rows
 
 

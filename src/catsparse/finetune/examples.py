@@ -98,14 +98,15 @@ def windows_as_examples(windows: Tensor, name: str) -> Examples:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """A batch ``[B, L]``, padded at the end of shorter sequences; padding has no label."""
+    """A batch ``[B, L]``, padded at the end of shorter sequences; neither padding nor the first
+    token, which nothing foretells, has a label."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):
         n = len(example.ids)
-        ids[row, :n], labels[row, :n], mask[row, :n] = example.ids, example.labels, 1
+        ids[row, :n], labels[row, 1:n], mask[row, :n] = example.ids, example.labels[1:], 1
     batch = {"input_ids": ids, "labels": labels}
     # Without padding there is no mask: attention is then plainly causal.
     return batch if bool(mask.all()) else batch | {"attention_mask": mask}
@@ -210,7 +211,7 @@ def chat_example(tokenizer: Any, messages: object, where: str) -> Example:
             f"{where}: the chat template refuses the conversation ({first_sentence(error)}); "
             "leave out the row"
         ) from error
-    if not any(counts):
+    if not any(counts[1:]):  # nothing foretells the first token
         raise CatsparseError(f"{where} holds no answer of the assistant; leave out the row")
     tokens = torch.tensor(ids)
     return Example(tokens, torch.where(torch.tensor(counts) > 0, tokens, IGNORED))

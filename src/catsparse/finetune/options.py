@@ -35,9 +35,11 @@ class FinetuneOptions:
             token.
         thresholds: at the end, ``recalibrate`` them to the sparsity asked for, or ``hold`` them.
         log_every, eval_every, save_every: steps between rows of the log, losses on held-out text
-            and checkpoints; 0 evaluates only before and after, or saves none.
+            and checkpoints; 0 evaluates only before and after, or saves none. A checkpoint makes a
+            row, too.
         calibration_tokens: tokens of the training text that thresholds are measured on at the end.
-        early_stop: end after so many evaluations without a lower loss, with the best weights.
+        early_stop: end after so many evaluations without a lower loss, with the best weights; each
+            evaluation then makes a checkpoint, whatever ``save_every`` says.
         bf16: compute in bf16, the trained weights in fp32.
         checkpointing: compute activations a second time instead of keeping them.
         seed: of the adapter's first weights, dropout and the order of the data.

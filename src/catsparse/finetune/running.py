@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
@@ -33,7 +34,14 @@ from ..surgery import threshold_every_token
 from .counting import SparsityLog
 from .examples import Examples, collate
 from .options import FinetuneOptions
-from .trainer import TRAINER_STATE_NAME, ProgressCallback, SparseTrainer, last_checkpoint
+from .sharded import gather, without_weights
+from .trainer import (
+    TRAINER_STATE_NAME,
+    LogWithCheckpoints,
+    ProgressCallback,
+    SparseTrainer,
+    last_checkpoint,
+)
 
 LOG_NAME = "training.jsonl"
 _CHECKPOINTS, _RUN = "checkpoints", "run.json"
@@ -53,7 +61,6 @@ def train(
     *,
     dense: Undo = nullcontext,
     progress: bool = True,
-    keep_checkpoints: bool = False,
 ) -> tuple[Any, list[Row]]:
     """Train ``model``, or go on with the run that ``folder`` holds a checkpoint of.
 
@@ -62,14 +69,15 @@ def train(
         targets: full names of the modules an adapter is put on; nothing for full fine-tuning.
         train, heldout: what to train on, and to measure the loss on.
         options: of the run.
-        folder: for the log, and checkpoints in a folder of it that goes at the end.
+        folder: for the log, and checkpoints in a folder of it; they stay until what follows is
+            done: see :func:`remove_checkpoints`.
         variant: names the run in its rows.
         dense: makes the model, but for the adapter, what it is to be distilled from.
         progress: show a progress bar on stderr.
-        keep_checkpoints: leave them where they are.
 
     Returns:
-        The PEFT model around ``model`` (for full fine-tuning ``model``), and the log's rows.
+        The PEFT model around ``model`` (for full fine-tuning ``model``), and the log's rows. FSDP
+        leaves ``model`` in shards; it is then one around a copy.
 
     Raises:
         CatsparseError: the loss is not finite, or the checkpoint is of another run.
@@ -79,6 +87,7 @@ def train(
     key = key_of(
         *(asdict(options), variant, sorted(targets), arguments.world_size),
         *(weights_digest(model), _thresholds_digest(model), _digest(train)),
+        None if heldout is None else _digest(heldout),
     )
     resume = _resumable(checkpoints, key)
     arguments.eval_on_start = resume is None and heldout is not None
@@ -97,9 +106,6 @@ def train(
 
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(progress and arguments.process_index == 0))
-        if sparsity is not None:
-            stack.enter_context(threshold_every_token(model))
-            stack.enter_context(sparsity.counting())
         trainer = SparseTrainer(
             model=trained,
             args=arguments,
@@ -108,6 +114,7 @@ def train(
             data_collator=collate,
             callbacks=[
                 ProgressCallback(bar, f"training {variant}"),
+                LogWithCheckpoints(),
                 _LogWriter(folder / LOG_NAME, variant),
             ],
             sparsity=sparsity,
@@ -116,20 +123,26 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if options.early_stop is not None:
             trainer.add_callback(EarlyStoppingCallback(options.early_stop))
-        if resume is not None and _step_of(resume) >= options.steps:
+        over = resume is not None and _is_over(resume, options)
+        empty = without_weights(trained) if trainer.is_fsdp_enabled and not over else None
+        if sparsity is not None:
+            stack.enter_context(threshold_every_token(model))
+            stack.enter_context(sparsity.counting())
+        if resume is not None and over:
             trainer.take(resume)  # it was interrupted after its last step
         else:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         trainer.refuse_broken()
+        trainer.refuse_broken_weights()
         history = trainer.state.log_history
         done = any("eval_loss" in r and r["step"] == trainer.state.global_step for r in history)
         if heldout is not None and not done:
             trainer.evaluate()
     trainer.accelerator.wait_for_everyone()
-    if arguments.process_index == 0 and not keep_checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)
     # Where accelerate wrapped forwards (bf16), the model goes on without.
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if empty is not None:
+        trained = gather(trainer.model, empty)
     trained.eval()
     return trained, _rows(trainer.state.log_history, variant)
 
@@ -180,6 +193,7 @@ def _arguments(
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
+        "average_tokens_across_devices": True,  # a step's labels are counted on all
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": _SCHEDULERS[options.schedule],
         "warmup_steps": options.warmup,  # a share below 1
@@ -195,6 +209,7 @@ def _arguments(
         "save_steps": save_every or 1,
         "save_total_limit": 2,
         "load_best_model_at_end": stopping,
+        "restore_callback_states_from_checkpoint": stopping,  # how often in vain
         "metric_for_best_model": "eval_loss" if stopping else None,
         "greater_is_better": False if stopping else None,
         "bf16": options.bf16,
@@ -229,13 +244,20 @@ def _is_cpu(model: nn.Module) -> bool:
 
 
 def _digest(examples: Examples) -> str:
-    return key_of(*(tokens_digest(example.labels[None]) for example in examples.examples))
+    return key_of(*(tokens_digest(torch.stack([e.ids, e.labels])) for e in examples.examples))
 
 
 def _thresholds_digest(model: nn.Module) -> str:
+    def total(value: Tensor | None) -> float | None:
+        # A GPU adds up what they are made of in any order: not to the last digit.
+        return None if value is None else float(f"{float(value.double().sum()):.6g}")
+
     return key_of(
         *(
-            [name, float(module.catsparse_threshold.double().sum()), module.catsparse_preview_bits]
+            [
+                *(name, module.catsparse_preview_bits, total(module.catsparse_threshold)),
+                *(total(module.catsparse_product_threshold), total(module.catsparse_mean)),
+            ]
             for name, module in sparse_modules(model).items()
         )
     )
@@ -262,8 +284,18 @@ def _resumable(folder: Path, key: str) -> Path | None:
     return last
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step)
+def _is_over(checkpoint: Path, options: FinetuneOptions) -> bool:
+    """Whether the run made its last step there, or stopped early."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+    vain = stopper.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    stopped = options.early_stop is not None and vain >= options.early_stop
+    return stopped or int(state.global_step) >= options.steps
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Those of :func:`train` in ``folder``, once nothing would be lost with them."""
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
 
 
 class _LogWriter(TrainerCallback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters import shares_weight
 from ..errors import CatsparseError
 from ..sites import Site
 
@@ -26,7 +27,7 @@ def adapter_targets(model: Any, sites: Iterable[Site], wanted: str) -> list[str]
         wanted: ``targets`` of :class:`~catsparse.finetune.FinetuneOptions`.
 
     Raises:
-        CatsparseError: a part of ``wanted`` names nothing.
+        CatsparseError: a part of ``wanted`` names nothing, or a layer with another's weight.
     """
     children = {
         f"{site.name}.{child}"
@@ -59,6 +60,12 @@ def adapter_targets(model: Any, sites: Iterable[Site], wanted: str) -> list[str]
                 f"or names such as {', '.join(sorted({n.rpartition('.')[2] for n in inside})[:6])}"
             )
         chosen.update(names)
+    for name in sorted(chosen):
+        if (other := shares_weight(model, name)) is not None:
+            raise CatsparseError(
+                f"{name} shares its weight with {other}, which an adapter merged into it would "
+                "change too; leave it out of the targets"
+            )
     return [name for name in linears if name in chosen]
 
 

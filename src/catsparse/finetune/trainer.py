@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TaskID
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from ..adapters import ADAPTER_WEIGHTS
 from ..errors import CatsparseError
 from ..strict_json import parse_json
 from .counting import SparsityLog
@@ -34,12 +37,14 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             None to train towards the labels.
     """
 
+    is_fsdp_enabled: bool
+
     def __init__(
         self, *args: Any, sparsity: SparsityLog | None, teacher: Teacher | None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        # Losses here are means over a batch's labels: the Trainer divides by the accumulation.
-        self.model_accepts_loss_kwargs = False
+        # The Trainer then counts the labels of a whole step: all its passes, on all devices.
+        self.model_accepts_loss_kwargs = True
         self._sparsity, self._teacher = sparsity, teacher
         self._broken: Tensor | None = None
 
@@ -50,6 +55,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The mean over the labels of the step, in evaluation over those of the whole text: a long
+        answer counts for as much as it has tokens, whatever it shares a batch with."""
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORED
         given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -70,7 +77,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 strict=True,
             )
         ]
-        loss = torch.stack(losses).sum() / len(logits)
+        loss = torch.stack(losses).sum()
+        if model.training:  # devices' gradients are averaged
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        else:  # the Trainer takes a mean over sequences
+            loss = loss / (len(labels) * self._labels_of_a_sequence)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -85,11 +96,19 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         with self._sparsity.apart():
             return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
 
+    @cached_property
+    def _labels_of_a_sequence(self) -> float:
+        """Of what is evaluated on, the mean."""
+        counts = [int((e.labels[1:] != IGNORED).sum()) for e in self.eval_dataset]
+        return sum(counts) / len(counts)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.refuse_broken()
             logs |= self._achieved()
         if "eval_loss" in logs:
+            if not math.isfinite(logs["eval_loss"]):
+                raise self._stopped("the loss on held-out text")
             logs = {"eval_loss": logs["eval_loss"]} | (
                 self._achieved() if self._sparsity is not None else {}
             )
@@ -119,28 +138,54 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             CatsparseError: naming the last checkpoint, which is good.
         """
         broken, self._broken = self._broken, None
-        if broken is None or not bool(self.accelerator.reduce(broken.float(), "sum") > 0):
-            return
+        if broken is not None and bool(self.accelerator.reduce(broken.float(), "sum") > 0):
+            raise self._stopped("the loss")
+
+    def refuse_broken_weights(self) -> None:
+        """Stop where a trained weight is not finite, as the last step's may be: no loss tells.
+
+        Raises:
+            CatsparseError: naming the last checkpoint.
+        """
+        broken = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                held = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                broken += ~torch.isfinite(held.detach()).all()
+        # Of a sharded model other processes hold other parts: all stop, or none.
+        if bool(self.accelerator.reduce(broken, "sum") > 0):
+            raise self._stopped("a trained weight")
+
+    def _stopped(self, what: str) -> CatsparseError:
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the weights before are in {last}" if last else "no checkpoint was made before"
-        raise CatsparseError(
-            f"the loss is not finite at step {self.state.global_step} or shortly before; lower the "
+        return CatsparseError(
+            f"{what} is not finite at step {self.state.global_step} or shortly before; lower the "
             f"learning rate (it is {self.args.learning_rate:g}) or train in fp32: {kept}"
         )
 
     def take(self, checkpoint: Path) -> None:
-        """The weights and the history of a finished run."""
-        self._load_from_checkpoint(str(checkpoint))
+        """The history of a finished run, and its weights: the best, where it asked for these."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            checkpoint = checkpoint.parent / Path(best).name
+        if not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(checkpoint))
+        elif (weights := checkpoint / ADAPTER_WEIGHTS).exists():  # nothing is sharded yet
+            import peft
+
+            peft.set_peft_model_state_dict(self.model, load_file(weights))
+            self.is_fsdp_enabled = False  # nor need it be, to be measured
+        else:
+            raise CatsparseError(
+                f"the run is over, but FSDP left its weights in {checkpoint} in shards; train an "
+                "adapter with fsdp_state_dict_type FULL_STATE_DICT, in another output folder"
+            )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.refuse_broken()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise CatsparseError(
-                    f"{name} is not finite at step {self.state.global_step}; lower the learning "
-                    f"rate (it is {self.args.learning_rate:g}): no checkpoint was made of it"
-                )
+        self.refuse_broken_weights()
         super()._save_checkpoint(*args, **kwargs)
 
 
@@ -187,6 +232,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
+
+
+class LogWithCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """A row of the log wherever a checkpoint is made: none is then of steps on both sides of it, so
+    that a run which goes on from there logs the same losses."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
