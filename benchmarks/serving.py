@@ -1,9 +1,9 @@
 """Tokens/s of vLLM, dense beside sparse, by batch size -> rows and a table; needs vLLM and a GPU.
 
-    python benchmarks/serving.py [--shape mistral-7b] [--batch 1,4,16,64] [--work FOLDER]
+    python benchmarks/serving.py [--shape mistral-7b] [--batch 1,2,4,16,64] [--work FOLDER]
 
 Random weights of the shape are written once; every variant is a process of its own that loads
-them: dense, and sparse by directories of thresholds over them. A sparse layer is checked against
+them: dense, and sparse by directories of thresholds over them (prompts dense). A sparse layer is checked against
 the fp32 reference before anything is timed. A rate is the batch over the time of a step, which is
 the difference of a long and a short run over the tokens between them: the median of some rounds.
 """
@@ -22,17 +22,19 @@ from typing import Any
 
 import torch
 
+from catsparse.files import write_atomic
+
 RESULTS = Path(__file__).parent / "results" / "vllm-cuda.jsonl"
 CONTEXT, SHORT, LONG, ROUNDS = 100, 16, 144, 3
-MAKE = "make"
+MAKE, MADE = "make", "made"
 # Method, bits of the preview, sparsity.
-VARIANTS = (("energy", None, 0.5), ("product", 4, 0.5), ("product", 4, 0.7))
+VARIANTS = (("product", 4, 0.5), ("energy", None, 0.5), ("product", 4, 0.7))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="mistral-7b")
-    parser.add_argument("--batch", default="1,4,16,64")
+    parser.add_argument("--batch", default="1,2,4,16,64")
     parser.add_argument("--work", type=Path, default=Path("/tmp/vllm-benchmark"))
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a variant's folder, in its process
     args = parser.parse_args()
@@ -43,8 +45,9 @@ def main() -> None:
         else:
             measure(args.work, args.run, batches)
         return
-    child(args, MAKE)
-    rows = [row for name in ("dense", *map(folder_of, VARIANTS)) for row in child(args, name)]
+    if not (args.work / MADE).exists():
+        child(args, MAKE)
+    rows = [row for name in ("dense", *map(folder_of, VARIANTS)) for row in kept(args, name)]
     dense = {row["tokens"]: row["p50"] for row in rows if row["impl"] == "dense"}
     for row in rows:
         row["vs_dense"] = row["p50"] / dense[row["tokens"]]
@@ -59,16 +62,28 @@ def folder_of(variant: tuple[str, int | None, float]) -> str:
     return f"{method}{preview or ''}-{sparsity:.0%}"
 
 
+def kept(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """A variant's rows, which an interrupted run goes on from in the same folder."""
+    path = args.work / f"{name}-{args.batch}.json"
+    if not path.exists():
+        rows = json.dumps(child(args, name))
+        write_atomic(path, lambda file: file.write_text(rows, encoding="utf-8"))
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def child(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """A process's rows: it gives the GPU's memory back when it ends."""
     command = [sys.executable, __file__, "--shape", args.shape, "--batch", args.batch]
+    start = time.perf_counter()
     done = subprocess.run(
         [*command, "--work", str(args.work), "--run", name], capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{(done.stdout + done.stderr)[-6000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"what"')]
-    print(f"{name}: {len(lines)} rows", file=sys.stderr, flush=True)
+    took = time.perf_counter() - start
+    print(f"{name}: {len(lines)} rows, {took:.0f} s", file=sys.stderr, flush=True)
     return [json.loads(line) | {"name": args.shape} for line in lines]
 
 
@@ -86,9 +101,10 @@ def make(work: Path, shape: str) -> None:
         calibration = catsparse.calibrate(model, windows, preview=preview, progress=False)
         for variant in VARIANTS:
             if variant[1] == preview:
-                catsparse.sparsify(model, calibration, variant[2], variant[0])
+                catsparse.sparsify(model, calibration, variant[2], variant[0], prefill="dense")
                 catsparse.save(model, work / folder_of(variant))
                 catsparse.densify(model)
+    (work / MADE).touch()
 
 
 def measure(work: Path, name: str, batches: list[int]) -> None:
@@ -138,6 +154,7 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
             "weights": "bf16",
             "tokens": batch,
             "context": CONTEXT,
+            "prefill": "dense",
             "sparsity": float(sparsity.rstrip("%") or 0) / 100,
             "p50": batch / statistics.median(steps),
             "max_err": error,

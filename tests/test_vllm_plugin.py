@@ -16,7 +16,13 @@ import catsparse
 import tiny
 from catsparse import CatsparseError, hub
 from catsparse.surgery import state_of
-from catsparse.vllm_plugin.shards import check_config, cut, find_site, make_shard
+from catsparse.vllm_plugin.shards import (
+    check_config,
+    cut,
+    find_site,
+    make_shard,
+    sparse_tokens,
+)
 
 
 def sparse_model(seed: int = 0, calibration: Any = None, **options: Any) -> Any:
@@ -72,6 +78,46 @@ def test_ranks_add_up(
                 dense = dense + shard(x)
         torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(dense, expected, atol=1e-3)
+
+
+def shard_of(model: Any, **changes: Any) -> tuple[Any, Any, str]:
+    """Of the first MLP, with the config and its name."""
+    state, mlp = state_of(model), model.model.layers[0].mlp
+    config = replace(state.config, **changes)
+    name = next(iter(config.sites))
+    parts = merged_gate_up(mlp, 0, 1), mlp.down_proj.weight.detach()
+    return make_shard(name, config, state.thresholds[name], *parts), config, name
+
+
+def test_with_masked_prompts_the_op_takes_what_it_can() -> None:
+    shard, config, name = shard_of(sparse_model())
+    assert sparse_tokens(config, name, shard) == 16
+
+
+def test_with_dense_prompts_steps_go_dense_where_sparsity_no_longer_pays() -> None:
+    """At 90% the gate alone leaves out 0.9^T of two thirds, at 10% less than 2% from T = 2 on."""
+    for sparsity, expected in ((0.9, 16), (0.5, 5), (0.1, 1), (0.01, 0)):
+        shard, config, name = shard_of(sparse_model(), prefill="dense")
+        site = replace(config.sites[name], sparsity=sparsity)
+        config = replace(config, sites={**config.sites, name: site})
+        assert sparse_tokens(config, name, shard) == expected
+        assert (
+            expected in (0, 16)
+            or sparsity**expected * 2 / 3 > 0.02 >= sparsity ** (expected + 1) * 2 / 3
+        )
+
+
+def test_without_foretelling_the_exact_product_decides() -> None:
+    model = sparse_model(calibration={"preview": 4}, method="product")
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(40, 32)
+    with torch.no_grad():
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        h = torch.nn.functional.silu(gate) * up
+        kept = torch.where(h.abs() > mlp.catsparse_threshold, h, mlp.catsparse_mean)
+        found = mlp.mask_and_project(x, gate, up, foretell=False)
+        torch.testing.assert_close(found, mlp.down_proj(kept))
+        assert not torch.allclose(found, mlp(x), atol=1e-4)
 
 
 def test_many_tokens_from_the_products_alone() -> None:

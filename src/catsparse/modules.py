@@ -160,15 +160,18 @@ class SparseMLP(Derived):
             up = getattr(self, self.site_up)(x)
         return self.mask_and_project(x, gate, up)
 
-    def mask_and_project(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    def mask_and_project(
+        self, x: Tensor, gate: Tensor, up: Tensor, foretell: bool = True
+    ) -> Tensor:
         """What is left to do once the input ``[..., H]`` has been multiplied by w_gate and w_up:
-        ``[..., I]`` each, the gate before its activation. Returns ``[..., H]``."""
+        ``[..., I]`` each, the gate before its activation. Returns ``[..., H]``. Without
+        ``foretell`` the exact weights decide even if there is a preview."""
         child = self.site_act_child
         act = getattr(self, child) if child else ACTIVATIONS[self.site_act]
         g = act(gate)
         if self.catsparse_observer is not None:
             self.catsparse_observer(x, gate, up)
-        decides = self._foretold(x, act)
+        decides = self._foretold(x, act) if foretell else None
         if decides is None and self.catsparse_of_products:
             decides = (g * up).detach()
         threshold, product = self.catsparse_threshold, self.catsparse_product_threshold

@@ -1,9 +1,10 @@
 """What vLLM calls: a quantization config, and a linear method each for gate_up_proj and down_proj.
 
-vLLM runs an MLP as linear, activation, linear. The first linear method gives up to 16 tokens the
-whole sparse MLP, leaves what it returns to the activation unwritten, and hands the result over to
-the second. More tokens run all three dense; the second then masks, if the prefill policy says so.
-The decision is within opaque ops, so neither torch.compile nor a CUDA graph sees it.
+vLLM runs an MLP as linear, activation, linear. The first linear method gives few tokens the whole
+sparse MLP, leaves what it returns to the activation unwritten, and hands the result over to the
+second. More tokens run all three dense; the second then masks, if the prefill policy says so, by
+the exact weights: unpacking a preview for some tens of tokens costs more than the whole step.
+Which it is, is decided within opaque ops, so neither torch.compile nor a CUDA graph sees it.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from ..adapters import ADAPTER_CONFIG
 from ..config import SparsityConfig
 from ..errors import CatsparseError
 from ..hub import read_artifact
-from ..kernels import MAX_OP_TOKENS
 from ..merged_weights import QUANT_METHOD
 from ..methods import SiteThreshold
 from ..modules import SparseMLP
 from ..strict_json import shorten
-from .shards import check_config, find_site, make_shard
+from .shards import check_config, find_site, make_shard, sparse_tokens
 
 GATE_UP, DOWN = ".gate_up_proj", ".down_proj"
 
 # The ranks' MLPs of all models of this process; ops find theirs by a key.
 SHARDS: dict[str, SparseMLP] = {}
+MOST_TOKENS: dict[str, int] = {}  # of a step that the sparse MLP takes
 _models = itertools.count()
 
 
@@ -137,6 +138,7 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
         )
         shard.prepare_decode()
         SHARDS[pair.key] = shard
+        MOST_TOKENS[pair.key] = sparse_tokens(self.config, pair.name, shard)
 
 
 class _Method(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -181,13 +183,13 @@ class DownMethod(_Method):
         return torch.ops.catsparse.vllm_down(x, *handed, self.pair.key)  # type: ignore[no-any-return]
 
 
-def _few(x: Tensor) -> bool:
-    return x.numel() <= MAX_OP_TOKENS * x.shape[-1]
+def _few(x: Tensor, key: str) -> bool:
+    return x.numel() <= MOST_TOKENS[key] * x.shape[-1]
 
 
 def _gate_up(x: Tensor, key: str) -> tuple[Tensor, Tensor]:
     shard: Any = SHARDS[key]
-    if _few(x):
+    if _few(x, key):
         return x.new_empty(_gate_up_shape(x, shard)), shard(x)
     return shard.gate_up_proj(x), torch.empty_like(x)
 
@@ -201,12 +203,12 @@ def _gate_up_shape(x: Tensor, shard: Any) -> tuple[Any, ...]:
 
 
 def _down(h: Tensor, x: Tensor, gate_up: Tensor, y: Tensor, key: str) -> Tensor:
-    if _few(x):
+    if _few(x, key):
         return y.clone()  # an op's result may not be one of its arguments
     shard: Any = SHARDS[key]
     if not shard.catsparse_enabled or shard.catsparse_prefill == "dense":
         return F.linear(h, shard.down_proj.weight)
-    return shard.mask_and_project(x, *gate_up.chunk(2, dim=-1))  # type: ignore[no-any-return]
+    return shard.mask_and_project(x, *gate_up.chunk(2, dim=-1), foretell=False)  # type: ignore[no-any-return]
 
 
 torch.library.define("catsparse::vllm_gate_up", "(Tensor x, str key) -> (Tensor, Tensor)")
