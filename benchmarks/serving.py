@@ -3,9 +3,10 @@
     python benchmarks/serving.py [--shape mistral-7b] [--batch 1,2,4,16,64] [--work FOLDER]
 
 Random weights of the shape are written once; every variant is a process of its own that loads
-them: dense, and sparse by directories of thresholds over them (prompts dense). A sparse layer is checked against
-the fp32 reference before anything is timed. A rate is the batch over the time of a step, which is
-the difference of a long and a short run over the tokens between them: the median of some rounds.
+them: dense, and sparse by directories of thresholds over them, prompts dense. A sparse layer is
+checked against the fp32 reference before anything is timed. A rate is the batch over the time of a
+step, which is the difference of a long and a short run over the tokens between them: the median of
+some rounds. The table in docs/serving.md was made by this script.
 """
 
 from __future__ import annotations
