@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="mistral-7b")
     parser.add_argument("--batch", default="1,2,4,16,64")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/vllm-benchmark"))
+    parser.add_argument("--work", type=Path, default=Path("out/serving"))
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a variant's folder, in its process
     args = parser.parse_args()
     batches = [int(part) for part in args.batch.split(",")]
