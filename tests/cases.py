@@ -53,6 +53,7 @@ class Case:
         bits: int = 4,
         second: bool = False,
         products: bool = False,
+        pack: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -64,6 +65,13 @@ class Case:
         self.w_gate = normal(neurons, hidden) / hidden**0.5
         self.w_up = normal(neurons, hidden) / hidden**0.5
         self.w_down_t = normal(neurons, columns or hidden) / neurons**0.5
+        self.packed: tuple[Tensor, ...] = ()
+        self.scales: tuple[Tensor, ...] = ()
+        if pack is not None:
+            weights = (self.w_gate, self.w_up, self.w_down_t)
+            self.packed, self.scales = zip(*map(pack, weights), strict=True)
+            pairs = zip(self.packed, self.scales, strict=True)
+            self.w_gate, self.w_up, self.w_down_t = (unpacked(*pair) for pair in pairs)
         self.mean = 0.1 * normal(neurons).float() if compensated else None
         self.bias = None if self.mean is None else self.mean @ self.w_down_t.float()
         self.bits = bits
@@ -85,15 +93,7 @@ class Case:
         """The activated gate or, if there is one, its preview, or the product's."""
         if self.preview is None:
             return self.gate_by_hand()
-        packed, scale = self.preview[0].numpy(), self.preview[1].double().numpy()
-        rows, inputs = np.arange(len(packed))[:, None], np.arange(self.x.shape[1])
-        group, place = inputs // 64, inputs % 64
-        at = inputs if self.bits == 8 else 32 * group + place % 32
-        whole = at < packed.shape[1] // 256 * 256  # runs of 64 bytes, swapped in whole fours
-        n = packed[rows, np.where(whole, at ^ rows % 4 * 64, at)]
-        if self.bits == 4:
-            n = np.where(place < 32, n % 16, n // 16)
-        weights = scale[:, group] * (n - 2.0 ** (self.bits - 1))
+        weights = _unpacked_groups(*self.preview, self.x.shape[1], self.bits)
         neurons = len(self.w_gate)
         g = self.gate_by_hand(weights[:neurons])
         return g * (self.x.double().numpy() @ weights[neurons:].T) if self.products else g
@@ -117,8 +117,11 @@ class Case:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        weights = (self.w_gate, self.w_up, self.w_down_t)
+        weights = self.packed or (self.w_gate, self.w_up, self.w_down_t)
         plain = (self.x, *weights, self.threshold, self.act, self.mean, self.bias)
+        if self.packed:
+            extra = (self.product_threshold, *(self.preview or (None, None)))
+            return (*plain, *extra, *self.scales)
         if self.preview is None and self.product_threshold is None:
             return plain
         return (*plain, self.product_threshold, *(self.preview or (None, None)))
@@ -130,6 +133,36 @@ class Case:
         scale = float(expected.abs().max()) + 1e-6
         error = float((y.double() - expected).abs().max()) / scale
         assert error < (tolerance or TOLERANCE[self.dtype])
+
+
+def unpacked(packed: Tensor, scale: Tensor) -> Tensor:
+    """A matrix of weights in a format, ``[R, C]`` in fp64."""
+    if packed.dtype == torch.uint8:
+        return torch.from_numpy(_unpacked_groups(packed, scale, 2 * packed.shape[1], 4))
+    if packed.dtype == torch.int8:
+        return packed.double() * scale.double()[:, None]
+    bits = packed.view(torch.uint8).numpy().astype(int)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    normal = (8 + mantissa) / 8 * 2.0 ** (exponent - 7)
+    size = np.where(exponent > 0, normal, mantissa / 8 * 2.0**-6)
+    size = np.where((bits & 127) == 127, np.nan, size)
+    return torch.from_numpy(np.where(bits > 127, -size, size)) * scale.double()[:, None]
+
+
+def _unpacked_groups(
+    codes: Tensor, scales: Tensor, columns: int, width: int
+) -> NDArray[np.float64]:
+    """A preview, or a matrix in int4: ``width`` bits a weight."""
+    packed, scale = codes.numpy(), scales.double().numpy()
+    rows, inputs = np.arange(len(packed))[:, None], np.arange(columns)
+    group, place = inputs // 64, inputs % 64
+    at = inputs if width == 8 else 32 * group + place % 32
+    whole = at < packed.shape[1] // 256 * 256  # runs of 64 bytes, swapped in whole fours
+    n = packed[rows, np.where(whole, at ^ rows % 4 * 64, at)]
+    if width == 4:
+        n = np.where(place < 32, n % 16, n // 16)
+    weights: NDArray[np.float64] = scale[:, group] * (n - 2.0 ** (width - 1))
+    return weights
 
 
 def _thresholds(magnitudes: NDArray[np.float64], per_neuron: bool, period: int) -> Tensor:

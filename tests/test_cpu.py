@@ -28,6 +28,7 @@ from cases import (
 )
 from catsparse.kernels import (
     ACTIVATIONS,
+    FORMATS,
     MAX_OP_TOKENS,
     cpu,
     gated_mlp,
@@ -370,7 +371,7 @@ def test_under_compile(
     class Watched:
         @staticmethod
         def catsparse_gated_mlp(problem: Any) -> int:
-            seen.append((problem._obj.down_transposed, problem._obj.down_stride))
+            seen.append((problem._obj.down_transposed, problem._obj.down.stride))
             return int(handle.catsparse_gated_mlp(problem))  # type: ignore[union-attr]
 
     monkeypatch.setattr(cpu, "cpu_library", lambda: Library(Watched(), ""))  # type: ignore[arg-type]
@@ -512,16 +513,23 @@ def test_numbers_agree_with_the_c_file() -> None:
     found = re.search(r"#define MAX_TOKENS (\d+)", source)
     assert found
     assert int(found[1]) == MAX_OP_TOKENS
-    enum = re.search(r"enum \{([^}]+)\}", source)
+    enum = re.search(r"enum \{ (SILU[^}]+)\}", source)
     assert enum
     numbers = {name.lower(): int(n) for name, n in re.findall(r"(\w+) = (\d+)", enum[1])}
     assert numbers == {name: i for i, name in enumerate(ACTIVATIONS)}
     assert numbers.keys() == BY_HAND.keys()
-    kinds = re.search(r"kernels\[\] = \{(.*?)\n\};", source, re.DOTALL)
+    kinds = re.search(r"dtypes\[\] = \{(.*?)\};", source, re.DOTALL)
     assert kinds
     order = re.findall(r"\{(\w+)_widen", kinds[1])
     short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     assert order == [short[dtype] for dtype in cpu.DTYPES]
+    enum = re.search(r"enum \{ (F32[^}]+)\}", source)
+    assert enum
+    names = [name.lower() for name, _ in re.findall(r"(\w+) = (\d+)", enum[1])]
+    assert names == [*order, *FORMATS]
+    table = re.search(r"formats\[\] = \{(.*?)\n\};", source, re.DOTALL)
+    assert table
+    assert re.findall(r"\{(\w+?)_dots", table[1]) == [*names, "int4_digits"]
     for name, value in (("PREVIEW_GROUP", preview.GROUP), ("SCALE_GROUPS", preview.SCALE_GROUPS)):
         assert re.search(rf"#define {name} {value}\b", source)
 
@@ -534,7 +542,7 @@ def test_fields_agree_with_the_c_file() -> None:
     for line in re.sub(r"/\*.*?\*/", "", body[1], flags=re.DOTALL).split(";"):
         if not line.strip():
             continue
-        size = 4 if "int32_t" in line else 8
+        size = 4 if "int32_t" in line else 24 if "Matrix" in line else 8
         names = re.sub(r"^\s*(const )?\w+ ", "", line)
         fields += [(name.strip(" *\n"), size) for name in names.split(",")]
     mine = [(field[0], getattr(cpu._Problem, field[0]).size) for field in cpu._Problem._fields_]

@@ -227,6 +227,10 @@ def test_hot_loops_are_vector_code(target: str, tmp_path: Path) -> None:
             elif dtype == "f16":
                 assert count(f16, name) >= 4, name
             assert not any(re.search("__extendhfsf2|gather", line) for line in code[name]), name
+    for name in ("int8_dot_one", "int8_columns", "fp8_dot_one", "fp8_columns", "int4_columns"):
+        assert count(multiply_add, name) >= 4, name
+        assert count(SCALAR, name) == 0, name
+        assert count("prefetch|prfm", name) >= 4, name
     for loop in ("4_dot_one", "4_dot_group", "8_dot_one", "8_dot_group"):
         name = f"preview_{loop}"
         assert count(multiply_add, name) >= 4, name

@@ -18,6 +18,7 @@ from .arguments import Call
 from .backend import Backend, Choice, Decisions, choose_backend, choose_linear_backend
 from .cpu import gated_mlp_cpu
 from .cuda import gated_mlp_cuda
+from .formats import FORMATS, dequantize_weight, format_of, quantize
 from .preview import PreviewKind, dequantize, make_preview
 from .reference import (
     ACTIVATIONS,
@@ -31,6 +32,7 @@ from .sparse_linear import keep_inputs, masked_input, sparse_linear, sparse_line
 
 __all__ = [
     "ACTIVATIONS",
+    "FORMATS",
     "MAX_OP_TOKENS",
     "Backend",
     "Call",
@@ -40,6 +42,8 @@ __all__ = [
     "choose_backend",
     "choose_linear_backend",
     "dequantize",
+    "dequantize_weight",
+    "format_of",
     "gated_mlp",
     "gated_mlp_reference",
     "keep_inputs",
@@ -48,6 +52,7 @@ __all__ = [
     "masked_hidden",
     "masked_input",
     "preview_of",
+    "quantize",
     "sparse_linear",
     "sparse_linear_reference",
 ]
@@ -56,7 +61,8 @@ torch.library.define(
     "catsparse::gated_mlp",
     "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold, str act, "
     "Tensor? mean=None, Tensor? bias=None, Tensor? product_threshold=None, Tensor? preview=None, "
-    "Tensor? preview_scale=None, str backend='auto') -> Tensor",
+    "Tensor? preview_scale=None, Tensor? gate_scale=None, Tensor? up_scale=None, "
+    "Tensor? down_scale=None, str backend='auto') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -78,9 +84,7 @@ for _key, _run in {
     torch.library.impl("catsparse::gated_mlp", _key, _implement(_run))
 torch.library.register_fake(
     "catsparse::gated_mlp",
-    _implement(
-        lambda call, backend: call.x.new_empty((*call.x.shape[:-1], call.w_down_t.shape[1]))
-    ),
+    _implement(lambda call, backend: call.x.new_empty((*call.x.shape[:-1], call.columns))),
 )
 
 
@@ -96,6 +100,9 @@ def gated_mlp(
     product_threshold: Tensor | None = None,
     preview: Tensor | None = None,
     preview_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sparse gated MLP: y = sum over kept i of (g_i u_i - mean_i) w_down_t[i] + bias.
@@ -105,9 +112,10 @@ def gated_mlp(
 
     Args:
         x: ``[..., H]`` activations, fp32, bf16 or fp16.
-        w_gate: ``[I, H]``, x's dtype.
-        w_up: ``[I, H]``, x's dtype.
-        w_down_t: ``[I, H_out]``, x's dtype; any strides, so ``down.weight.t()`` will do, but only
+        w_gate: ``[I, H]``, x's dtype, or all three weights of one format of
+            :mod:`catsparse.kernels.formats` (int8, fp8 or int4), with their scales.
+        w_up: ``[I, H]``.
+        w_down_t: ``[I, H_out]``; any strides, so ``down.weight.t()`` will do, but only
             contiguous rows can be skipped.
         threshold: fp32, 0-d (one for the layer) or ``[I]`` (one a neuron).
         act: ``silu``, ``gelu_tanh``, ``gelu`` or ``relu``.
@@ -121,6 +129,8 @@ def gated_mlp(
             product, and neuron i is kept iff |act(gate preview x)_i (up preview x)_i| exceeds
             threshold_i.
         preview_scale: its scales.
+        gate_scale, up_scale, down_scale: of packed weights, from
+            :func:`catsparse.kernels.formats.quantize`.
         backend: on a GPU, ``auto`` (the fastest for so many tokens), ``cuda`` (the CUDA kernel for
             any number of them) or ``triton``, if it takes the call; a CPU has one kernel only.
 
@@ -139,5 +149,8 @@ def gated_mlp(
         product_threshold,
         preview,
         preview_scale,
+        gate_scale,
+        up_scale,
+        down_scale,
         backend,
     )

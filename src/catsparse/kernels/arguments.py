@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats import columns_of, format_of, is_packed
 from .preview import preview_bits, preview_shapes
 from .reference import ACTIVATIONS
 
@@ -25,6 +26,19 @@ class Call(NamedTuple):
     product_threshold: Tensor | None = None
     preview: Tensor | None = None
     preview_scale: Tensor | None = None
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """H_out, however w_down_t is packed."""
+        return columns_of(self.w_down_t)
+
+    @property
+    def weights(self) -> str | None:
+        """The format of packed weights; None for floats."""
+        return format_of(self.w_gate)
 
     @property
     def previews_products(self) -> bool:
@@ -41,7 +55,10 @@ class Call(NamedTuple):
         return self._replace(**vectors)
 
 
-_CONTIGUOUS = ("threshold", "mean", "bias", "product_threshold", "preview", "preview_scale")
+_CONTIGUOUS = (
+    *("threshold", "mean", "bias", "product_threshold", "preview", "preview_scale"),
+    *("gate_scale", "up_scale", "down_scale"),
+)
 
 
 def belong_together(call: Call) -> bool:
@@ -50,21 +67,25 @@ def belong_together(call: Call) -> bool:
     So every pointer taken from them covers what a kernel reads, strides aside.
     """
     x, w_gate, w_up, w_down_t = call[:4]
+    scales = (call.gate_scale, call.up_scale, call.down_scale)
+    matrices = list(zip((w_gate, w_up, w_down_t), scales, strict=True))
     if x.dim() == 0 or w_gate.dim() != 2 or w_down_t.dim() != 2:
         return False
-    neurons, hidden = w_gate.shape
-    columns = w_down_t.shape[1]
+    if not all(is_packed(w, scale) for w, scale in matrices):
+        return False
+    neurons, columns = w_gate.shape[0], call.columns
     vectors: list[tuple[Tensor | None, int | None]] = [(call.mean, neurons), (call.bias, columns)]
     for limit in (call.threshold, call.product_threshold):
         if limit is not None:
             vectors.append((limit, neurons if limit.dim() else None))
+    dtype = x.dtype if call.weights is None else w_gate.dtype
     return (
         call.act in ACTIVATIONS
-        and x.shape[-1] == hidden
+        and x.shape[-1] == columns_of(w_gate)
         and min(x.numel(), neurons, columns) > 0
         and w_up.shape == w_gate.shape
         and w_down_t.shape[0] == neurons
-        and all(w.dtype == x.dtype and w.device == x.device for w in (w_gate, w_up, w_down_t))
+        and all(w.dtype == dtype and w.device == x.device for w, _ in matrices)
         and all(
             v.dtype == torch.float32
             and v.shape == (() if n is None else (n,))
@@ -72,7 +93,7 @@ def belong_together(call: Call) -> bool:
             for v, n in vectors
             if v is not None
         )
-        and _is_preview(call.preview, call.preview_scale, w_gate)
+        and _is_preview(call.preview, call.preview_scale, neurons, x)
     )
 
 
@@ -99,15 +120,16 @@ def linear_fits(
     )
 
 
-def _is_preview(preview: Tensor | None, scale: Tensor | None, w_gate: Tensor) -> bool:
+def _is_preview(preview: Tensor | None, scale: Tensor | None, neurons: int, x: Tensor) -> bool:
     if preview is None or scale is None:
         return preview is scale
-    if preview.dim() != 2 or not (bits := preview_bits(preview, w_gate.shape[1])):
+    hidden = x.shape[-1]
+    if preview.dim() != 2 or not (bits := preview_bits(preview, hidden)):
         return False
     rows = preview.shape[0]
     return (
-        rows in (w_gate.shape[0], 2 * w_gate.shape[0])
-        and (preview.shape, scale.shape) == preview_shapes(rows, w_gate.shape[1], bits)
+        rows in (neurons, 2 * neurons)
+        and (preview.shape, scale.shape) == preview_shapes(rows, hidden, bits)
         and (preview.dtype, scale.dtype) == (torch.uint8, torch.bfloat16)
-        and preview.device == scale.device == w_gate.device
+        and preview.device == scale.device == x.device
     )

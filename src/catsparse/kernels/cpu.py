@@ -10,25 +10,37 @@ from torch import Tensor
 
 from .arguments import Call, belong_together, linear_fits
 from .build import Library, load_library
+from .formats import FORMATS
 from .preview import preview_bits
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference
 
 SOURCE = Path(__file__).with_name("cpu.c")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHTS = (*DTYPES, *FORMATS.values())  # by their numbers in cpu_weights.h
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+class _Matrix(ctypes.Structure):
+    """``Matrix`` of cpu_weights.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scale")),
+        ("stride", ctypes.c_int64),
+    ]
 
 
 class _Problem(ctypes.Structure):
     """``Problem`` of cpu.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down")),
+        ("x", ctypes.c_void_p),
+        *((name, _Matrix) for name in ("gate", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("threshold", "mean", "bias", "product_threshold")),
         *((name, ctypes.c_void_p) for name in ("preview", "preview_scale", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "columns")),
-        *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "down_stride")),
         *((name, ctypes.c_int64) for name in ("threshold_stride", "product_stride")),
-        *((name, ctypes.c_int32) for name in ("dtype", "act", "threads", "down_transposed")),
+        *((name, ctypes.c_int32) for name in ("dtype", "weights", "act", "threads")),
+        ("down_transposed", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("preview_bits", "preview_products")),
     ]
 
@@ -52,13 +64,13 @@ def gated_mlp_cpu(call: Call) -> Tensor:
     x, w_gate, w_up, w_down_t, threshold, *_ = call
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     transposed = _row_stride(w_down_t) is not None
-    down_stride = _row_stride(w_down_t if transposed else w_down_t.t())
-    y = x.new_empty((*x.shape[:-1], w_down_t.shape[1]))
+    w_down = w_down_t if transposed else w_down_t.t()
+    y = x.new_empty((*x.shape[:-1], call.columns))
     problem = _Problem(
         rows.data_ptr(),
-        w_gate.data_ptr(),
-        w_up.data_ptr(),
-        w_down_t.data_ptr(),
+        _matrix(w_gate, call.gate_scale),
+        _matrix(w_up, call.up_scale),
+        _matrix(w_down, call.down_scale),
         threshold.data_ptr(),
         _pointer(call.mean),
         _pointer(call.bias),
@@ -69,13 +81,11 @@ def gated_mlp_cpu(call: Call) -> Tensor:
         rows.shape[0],
         rows.shape[1],
         w_gate.shape[0],
-        w_down_t.shape[1],
-        _row_stride(w_gate),
-        _row_stride(w_up),
-        down_stride,
+        call.columns,
         threshold.dim(),
         0 if call.product_threshold is None else call.product_threshold.dim(),
         DTYPES.index(x.dtype),
+        _WEIGHTS.index(w_gate.dtype),
         _ACTIVATION_NUMBERS[call.act],
         torch.get_num_threads(),
         transposed,
@@ -94,10 +104,9 @@ def sparse_linear_cpu(
     ``weight_t`` only; None for what the kernel does not take."""
     library = cpu_library().handle
     inputs, columns = weight_t.shape
-    stride = _row_stride(weight_t)
     if (
         library is None
-        or stride is None
+        or _row_stride(weight_t) is None
         or not linear_fits(x, weight_t, threshold, mean, bias)
         or x.numel() > MAX_OP_TOKENS * inputs
     ):
@@ -108,7 +117,7 @@ def sparse_linear_cpu(
     y = x.new_empty((*x.shape[:-1], columns))
     problem = _Problem(
         x=rows.data_ptr(),
-        w_down=weight_t.data_ptr(),
+        down=_matrix(weight_t),
         threshold=threshold.data_ptr(),
         mean=_pointer(mean),
         bias=_pointer(bias),
@@ -117,9 +126,9 @@ def sparse_linear_cpu(
         hidden=inputs,
         neurons=inputs,
         columns=columns,
-        down_stride=stride,
         threshold_stride=threshold.dim(),
         dtype=DTYPES.index(x.dtype),
+        weights=DTYPES.index(x.dtype),
         threads=torch.get_num_threads(),
         down_transposed=1,
     )
@@ -138,7 +147,14 @@ def _fits(call: Call) -> bool:
         and x.numel() <= MAX_OP_TOKENS * x.shape[-1]
         and all(_row_stride(w) is not None for w in (w_gate, w_up))
         and (_row_stride(w_down_t) or _row_stride(w_down_t.t())) is not None
+        and (call.weights is None or _row_stride(w_down_t) is not None)
+        # A preview of int4 weights would be as large as they are.
+        and (call.weights != "int4" or call.preview is None)
     )
+
+
+def _matrix(weight: Tensor, scale: Tensor | None = None) -> _Matrix:
+    return _Matrix(weight.data_ptr(), _pointer(scale), _row_stride(weight))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

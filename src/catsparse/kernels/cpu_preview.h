@@ -233,11 +233,12 @@ static void lay_out(const float *x, int64_t n, int32_t bits, int digits, float *
             }
 }
 
-/* Dots of x ([tokens][x_stride], laid out) with rows base + first .. base + last of a preview, n
- * inputs each, out of the `rows` from base on. */
+/* Dots of x ([tokens][x_stride], laid out) with rows base + list[first..last) of a preview (without
+ * a list base + first..last), n inputs each, out of `rows`. */
 static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t bits, int digits,
-                         int64_t base, int64_t first, int64_t last, int64_t rows, const float *x,
-                         int64_t x_stride, int64_t n, int64_t tokens, float (*out)[MAX_TOKENS]) {
+                         int64_t base, const int32_t *list, int64_t first, int64_t last,
+                         int64_t rows, const float *x, int64_t x_stride, int64_t n, int64_t tokens,
+                         float (*out)[MAX_TOKENS]) {
     int64_t groups = round_up(n, PREVIEW_GROUP) / PREVIEW_GROUP;
     int64_t bytes = groups * PREVIEW_GROUP * bits / 8;
     int64_t scale_stride = round_up(groups, SCALE_GROUPS);
@@ -247,10 +248,11 @@ static void preview_dots(const uint8_t *preview, const uint16_t *scales, int32_t
         int64_t swap[ROWS];
         float sums[ROWS][MAX_TOKENS], (*sum)[MAX_TOKENS] = i + ROWS <= last ? out : sums;
         for (int r = 0; r < ROWS; r++) {
-            int64_t here = base + least(i + r, last - 1);
+            int64_t here = least(i + r, last - 1), ahead = least(i + ROWS + r, rows - 1);
+            here = base + (list ? list[here] : here), ahead = base + (list ? list[ahead] : ahead);
             row[r] = preview + here * bytes;
             swap[r] = here % RUNS_OF_BLOCK * RUN;
-            next[r] = preview + (base + least(i + ROWS + r, rows - 1)) * bytes;
+            next[r] = preview + ahead * bytes;
             scale[r] = scales + here * scale_stride;
         }
         for (int64_t t = 0; t < tokens;) {

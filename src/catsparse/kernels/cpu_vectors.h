@@ -31,6 +31,7 @@ typedef float fours __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -63,8 +64,7 @@ static inline words widen(halves value) {
 static inline floats load_bf16(const uint16_t *p, int64_t n) {
     return (floats)(widen(load_halves(p, n)) << 16);
 }
-static inline floats load_f16(const uint16_t *p, int64_t n) {
-    halves value = load_halves(p, n);
+static inline floats from_f16(halves value) {
 #if defined(__F16C__) && LANES == 16
     return (floats)_mm512_cvtph_ps((__m256i)value);
 #elif defined(__F16C__)
@@ -78,6 +78,45 @@ static inline floats load_f16(const uint16_t *p, int64_t n) {
     words result = (finite & ~huge) | ((magnitude | 0x7f800000) & huge);
     return (floats)(result | (bits & 0x8000) << 16);
 #endif
+}
+static inline floats load_f16(const uint16_t *p, int64_t n) { return from_f16(load_halves(p, n)); }
+static inline bytes load_bytes(const uint8_t *p, int64_t n) {
+    bytes value = {0};
+    memcpy(&value, p, n == LANES ? sizeof value : (size_t)n);
+    return value;
+}
+static inline words widen_bytes(bytes value) {
+#if defined(__AVX512F__)
+    return (words)_mm512_cvtepu8_epi32((__m128i)value);
+#elif defined(__AVX2__)
+    return (words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)&value));
+#else
+    return __builtin_convertvector(value, words);
+#endif
+}
+/* Whole numbers below 2^23 as floats less `zero`: their bits are a mantissa, no conversion. */
+static inline floats number(words n, float zero) {
+    return (floats)(n | 0x4b000000) - (8388608.0f + zero);
+}
+static inline floats load_int8(const uint8_t *p, int64_t n) {
+    return number(widen_bytes(load_bytes(p, n)) ^ 0x80, 128.0f);
+}
+static inline halves widen_to_halves(bytes value) {
+#if defined(__AVX512F__)
+    return (halves)_mm256_cvtepu8_epi16((__m128i)value);
+#elif defined(__AVX2__)
+    return (halves)_mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)&value));
+#else
+    return __builtin_convertvector(value, halves);
+#endif
+}
+/* e4m3's exponent has one bit less than a half's, and a bias of 7 in place of 15. What would be 480
+ * is NaN. */
+static inline floats load_fp8(const uint8_t *p, int64_t n) {
+    halves bits = widen_to_halves(load_bytes(p, n));
+    floats value = from_f16((bits << 8 & 0x8000) | (bits << 7 & 0x3f80)) * 256.0f;
+    words none = (words)(((words)value & 0x7fffffff) == 0x43f00000);
+    return (floats)((words)value | (none & 0x7fc00000));
 }
 static inline float store_f32(float value) { return value; }
 static inline uint16_t store_bf16(float value) {

@@ -178,7 +178,7 @@ def launch(
         early: read weights before the kernel ahead has ended, which must not be writing them.
     """
     call = call.made_contiguous()
-    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call[:11]
     tokens, hidden = x.shape
     neurons, columns = w_down_t.shape
     x = _aligned(x)
@@ -227,7 +227,7 @@ def _masked_matmuls(call: Call) -> Tensor:
 
     The gate stays in fp32, as rounded to bf16 it would be decided otherwise than by the kernel.
     """
-    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call
+    x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call[:11]
     rows = x.reshape(-1, x.shape[-1])
     gate = torch.mm(rows, w_gate.t(), out_dtype=torch.float32)
     u = F.linear(rows, w_up)
@@ -325,6 +325,7 @@ def _fits(call: Call) -> bool:
     previews = [t for t in (call.preview, call.preview_scale) if t is not None]
     return (
         belong_together(call)
+        and call.weights is None
         and x.dtype in DTYPES
         and w_gate.shape[0] < MOST_NEURONS
         and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t, *previews))

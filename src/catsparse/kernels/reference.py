@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import dequantize_weight
 from .preview import dequantize
 
 # Calls of up to this many tokens are decode; above it, masked dense matmuls win, because the
@@ -97,8 +98,14 @@ def gated_mlp_reference(
     product_threshold: Tensor | None = None,
     preview: Tensor | None = None,
     preview_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Plain torch form of :func:`catsparse.kernels.gated_mlp`; same arguments and result."""
+    w_gate = dequantize_weight(w_gate, gate_scale, x.dtype)
+    w_up = dequantize_weight(w_up, up_scale, x.dtype)
+    w_down_t = dequantize_weight(w_down_t, down_scale, x.dtype)
     g = decided = ACTIVATIONS[act](F.linear(x, w_gate))
     if preview is not None and preview_scale is not None:
         decided = preview_of(x, preview, preview_scale, w_gate.shape[0], ACTIVATIONS[act])

@@ -273,7 +273,7 @@ def _read_kept(
 
     from .kept import kept_kernel
 
-    x, w_gate, w_up, w_down_t, _, act, mean, _, product, preview, _ = call
+    x, w_gate, w_up, w_down_t, _, act, mean, _, product, preview, _ = call[:11]
     neurons, hidden = w_gate.shape
     columns = w_down_t.shape[1]
     kept_kernel[(launch.programs,)](
@@ -360,6 +360,7 @@ def fits_triton(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     return (
         belong_together(call)
+        and call.weights is None
         and why_not_triton_sizes(x.dtype, w_gate.shape[1], w_gate.shape[0], w_down_t.shape[1])
         is None
         and all(w.stride(1) == 1 or w.shape[1] == 1 for w in (w_gate, w_up, w_down_t))
