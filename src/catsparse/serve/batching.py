@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ class Batching:
         hook = manager.logit_processor
         hook.logits_processor = LogitsProcessorList([self._sampling])
         hook.tensors_required, hook.do_processing = 1, True
+        manager.output_router.output_queue = _Nowhere()
         manager.start()
         manager._generation_thread.name = "catsparse-worker"
         self._manager = manager
@@ -110,6 +112,13 @@ class Batching:
     def stop(self, seconds: float) -> bool:
         self._manager.stop(block=True, timeout=seconds, hard_stop=True)
         return not self._manager.is_running()
+
+
+class _Nowhere(queue.SimpleQueue[Any]):
+    """For what is still delivered of cancelled answers, which would pile up."""
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        pass
 
 
 def _cache_size(model: Any, batch: int) -> tuple[int, int | None]:

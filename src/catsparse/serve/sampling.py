@@ -23,17 +23,18 @@ class Sampler:
 
     Args:
         config: its complete generation config.
-        length: tokens of the prompt and the answer, at most.
+        prompt: tokens of the prompt.
+        new: tokens of the answer, at most.
         seed: None for one of no one's choice.
     """
 
-    def __init__(self, model: Any, config: Any, length: int, seed: int | None) -> None:
+    def __init__(self, model: Any, config: Any, prompt: int, new: int, seed: int | None) -> None:
         device = model.device
-        self.processors = model._get_logits_processor(config, device=device)
+        self.processors = model._get_logits_processor(config, prompt, device=device)
         self.draws = bool(config.do_sample)
         self.generator = torch.Generator(device)
         self.generator.manual_seed(secrets.randbits(62) if seed is None else seed % 2**63)
-        self._ids = torch.empty(1, length + 1, dtype=torch.long, device=device)
+        self._ids = torch.empty(1, prompt + new, dtype=torch.long, device=device)
         self._known = 0
 
     @property

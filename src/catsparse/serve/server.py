@@ -17,13 +17,13 @@ from transformers.utils import logging as transformers_logging
 from ..errors import CatsparseError
 from .app import App
 from .errors import ApiError
-from .protocol import Completions
-from .service import Service, warm_up
+from .service import Service
 from .settings import Settings
 
 # Beside the answers: connections for pages, metrics and refusals.
 _BACKLOG = 512
 _MAX_HEADERS = 1 << 16
+_WARM_UP_SECONDS = 600  # a kernel may have to be built first
 
 
 class ServerFailed(Exception):
@@ -97,7 +97,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.service.start()
         try:
-            await asyncio.wait_for(self._warm_up(), 600)
+            warming = self.service.warm_up(self.app.posts["/v1/completions"])
+            await asyncio.wait_for(warming, _WARM_UP_SECONDS)
         except (ApiError, asyncio.TimeoutError) as error:
             self.failure = self.failure or f"the model wrote no answer ({error})"
         if self.failure:
@@ -107,11 +108,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-
-    async def _warm_up(self) -> None:
-        endpoint = self.app.posts["/v1/completions"]
-        assert isinstance(endpoint, Completions)
-        await warm_up(self.service, endpoint)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.app.is_stopping = True

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Service:
         if settings.dense:
             self._always_dense.enter_context(run_dense(model))
         self.engine: Engine = self._choose_engine()
-        self.metrics = Metrics(settings.name, self.is_sparse, self.engine.together)
+        self.metrics = self._fresh_metrics()
         self._give_up, self._log = give_up, log
         self._turns = Turns(self._switch)
         self._dense = ExitStack()
@@ -61,7 +62,10 @@ class Service:
         # One thread: a tokenizer must not be used by two at a time.
         self._encoder = ThreadPoolExecutor(1, "catsparse-encoder")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._next_count = 0.0
+        self._next_count = float("inf")
+
+    def _fresh_metrics(self) -> Metrics:
+        return Metrics(self.settings.name, self.is_sparse, self.engine.together)
 
     def _choose_engine(self) -> Engine:
         wanted = self.settings.batching
@@ -73,6 +77,20 @@ class Service:
         """The worker, and what watches over it."""
         self.engine.start()
         self._watch(self._supervise())
+
+    async def warm_up(self, endpoint: Endpoint) -> None:
+        """A first, short answer of each kind: kernels are built, weights copied, and what cannot
+        work is known now. None of it counts."""
+        asked = endpoint.parse({"prompt": "A", "max_tokens": 2, "seed": 0})
+        job = await self.prepare(endpoint, asked)
+        for dense in (True, False) if self.is_sparse else (False,):
+            async with (
+                self.write(f"warm-up-{dense}", replace(job, dense=dense)) as generation,
+                aclosing(generation.pieces()) as pieces,
+            ):
+                async for _ in pieces:
+                    pass
+        self.metrics, self._next_count = self._fresh_metrics(), 0.0
 
     async def stop(self, seconds: float = 5.0) -> bool:
         """End the worker; False if it hangs."""
@@ -122,8 +140,7 @@ class Service:
         """An answer under way; leaving the block ends it."""
         kind = nullcontext() if not self.engine.together else self._turns.take(job.dense)
         async with kind:
-            length = len(job.ids) + job.max_tokens
-            sampler = Sampler(self.model, job.config, length, job.seed)
+            sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
             generation = Generation(ident, job, sampler, self.tokenizer)
             generation.on_tokens = self._count_tokens
             self._active[ident] = generation
@@ -221,16 +238,3 @@ class Service:
         for generation in list(self._active.values()):
             generation.fail(worker_died())
         self._give_up(sentence)
-
-
-async def warm_up(service: Service, endpoint: Endpoint) -> None:
-    """A first, short answer of each kind: kernels are built, and what cannot work is known now."""
-    for dense in (True, False) if service.is_sparse else (False,):
-        job = await service.prepare(endpoint, endpoint.parse({"prompt": "A", "max_tokens": 2}))
-        job = Job(job.ids, job.config, job.max_tokens, (), 0, dense)
-        async with (
-            service.write(f"warm-up-{dense}", job) as generation,
-            aclosing(generation.pieces()) as pieces,
-        ):
-            async for _ in pieces:
-                pass
