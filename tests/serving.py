@@ -18,7 +18,7 @@ import catsparse
 from catsparse import hub
 from catsparse.data import load_windows
 from catsparse.serve import Settings
-from catsparse.serve.server import Server, listen
+from catsparse.serve.server import Server, ServerFailed, listen, run
 
 NAME = "half"
 PROMPT = "The captain looked"
@@ -97,7 +97,10 @@ def serving(model: Any = None, tokens: Any = None, **settings: Any) -> Iterator[
     server = Server(model, tokens or tokenizer(), made, say, notes.append)
     thread = threading.Thread(target=server.run, args=([listen(made)],), daemon=True)
     thread.start()
-    if not ready.wait(60):
+    for _ in range(600):
+        if ready.wait(0.1) or not thread.is_alive():
+            break
+    if not ready.is_set():
         raise RuntimeError(f"the server does not answer: {server.failure} {notes}")
     try:
         yield Running(server, address[0], thread, notes)
@@ -106,3 +109,6 @@ def serving(model: Any = None, tokens: Any = None, **settings: Any) -> Iterator[
         thread.join(30)
         assert not thread.is_alive()
         assert not server.hangs
+
+
+__all__ = ["Server", "ServerFailed", "Settings", "listen", "run"]

@@ -36,9 +36,14 @@ def serve(
         typer.Option(help="Answers written at a time; default: 16, on a GPU 64.", min=1),
     ] = None,
     continuous_batching: Annotated[
-        bool,
-        typer.Option(help="Write answers together, or one after the other."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--continuous-batching/--no-continuous-batching",
+            help="Write answers together, or one after the other; default: together, where "
+            "transformers can.",
+            show_default=False,
+        ),
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Run the dense model.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",

@@ -55,12 +55,15 @@ class ClientGone(Exception):
 class App:
     """The ASGI application."""
 
-    def __init__(self, service: Service, settings: Settings) -> None:
-        self.service, self.settings = service, settings
-        vocabulary = service.model.config.get_text_config().vocab_size
+    service: Service
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.settings = settings
+        vocabulary = model.config.get_text_config().vocab_size
+        self.writer = Completions(settings.name, vocabulary)
         self.posts: dict[str, Endpoint] = {
             "/v1/chat/completions": Chat(settings.name, vocabulary),
-            "/v1/completions": Completions(settings.name, vocabulary),
+            "/v1/completions": self.writer,
         }
         self.created = int(time.time())
         self.is_stopping = False
@@ -70,6 +73,10 @@ class App:
         self._assets = {
             path: ((folder / name).read_bytes(), kind) for path, (name, kind) in _ASSETS.items()
         }
+
+    def use(self, service: Service) -> None:
+        """Answer by ``service`` from now on."""
+        self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the lifespan is the server's own

@@ -51,10 +51,8 @@ class Batching:
         )
 
     def start(self) -> None:
-        old, self._manager = self._manager, None
-        if old is not None:
-            old.stop(block=True, timeout=1)
-            self._sampling.samplers.clear()
+        if self._manager is not None:
+            self._manager.stop(block=True, timeout=1)
         plain = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
         manager = self.model.init_continuous_batching(
             generation_config=plain, continuous_batching_config=self._config
@@ -68,6 +66,8 @@ class Batching:
         self._manager = manager
 
     def why_dead(self) -> str | None:
+        if self._manager is None:
+            return "it was never started"
         error = self._manager.background_thread_status.fatal_error
         if error is not None:
             return f"{type(error).__name__}: {error}"
@@ -97,7 +97,7 @@ class Batching:
 
     def cancel(self, generation: Generation) -> None:
         ident = f"{generation.ident}.{generation.attempt}"
-        if not generation.is_complete:
+        if not generation.is_written:
             self._manager.cancel_request(ident)
         self._sampling.samplers.pop(ident, None)
         # Of a cancelled request nothing more is delivered, so its handler would stay for ever.
@@ -110,6 +110,8 @@ class Batching:
             return call()
 
     def stop(self, seconds: float) -> bool:
+        if self._manager is None:
+            return True
         self._manager.stop(block=True, timeout=seconds, hard_stop=True)
         return not self._manager.is_running()
 

@@ -62,6 +62,11 @@ def worker_died() -> ApiError:
     )
 
 
+def failed() -> ApiError:
+    """500: this answer could not be written."""
+    return ApiError(500, "the answer could not be written", "generation_failed")
+
+
 def stopping() -> ApiError:
     """503: no new answers any more."""
     return ApiError(503, "the server is shutting down", "shutting_down", None, {"Retry-After": "5"})

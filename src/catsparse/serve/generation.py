@@ -44,6 +44,7 @@ class Generation:
         finish: ``stop`` or ``length`` once the text is complete.
         first: seconds to the first token; ``latest`` to the latest one.
         on_tokens: told of each delivery.
+        is_written: the worker is done with it.
         cancelled: nobody waits for it any more.
     """
 
@@ -54,7 +55,7 @@ class Generation:
         self.failure: str | None = None
         self.was_given_up = False
         self.finish: str | None = None
-        self.cancelled = False
+        self.is_written = self.cancelled = False
         self.started = time.perf_counter()
         self.first: float | None = None
         self.latest = 0.0
@@ -74,6 +75,7 @@ class Generation:
             if self.on_tokens is not None:
                 self.on_tokens(self, len(tokens))
         if finished:
+            self.is_written = True
             self._queue.put_nowait(None)
 
     def give_up(self, attempt: int, reason: str) -> None:

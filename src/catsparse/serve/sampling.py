@@ -44,12 +44,14 @@ class Sampler:
 
     def choose(self, prompt: list[int], new: list[int], scores: Tensor) -> Tensor:
         """``scores`` ``[1, V]`` in which the chosen token is the greatest."""
-        length = len(prompt) + len(new)
-        if self._known == 0:
-            self._ids[0, : len(prompt)] = torch.tensor(prompt)
-            self._known = len(prompt)
+        length, before = len(prompt) + len(new), len(prompt)
+        # Another worker may have got further, or begun with what the last one wrote as its prompt.
+        self._known = min(self._known, length)
+        if self._known < before:
+            self._ids[0, :before] = torch.tensor(prompt)
+            self._known = before
         for at in range(self._known, length):
-            self._ids[0, at] = new[at - len(prompt)]
+            self._ids[0, at] = new[at - before]
         self._known = length
         scores = self.processors(self._ids[:, :length], scores)
         if not self.draws:

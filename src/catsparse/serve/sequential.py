@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -66,7 +66,7 @@ class Sequential:
         self._work.put(work)
 
     def cancel(self, generation: Generation) -> None:
-        generation.cancelled = True
+        pass  # the stream looks at the generation with each token
 
     def exclusive(self, call: Callable[[], Any]) -> Any:
         result: Future[Any] = Future()
@@ -77,14 +77,12 @@ class Sequential:
             except Exception as error:
                 result.set_exception(error)
 
+        worker = self._thread
         self._work.put(work)
-        while True:
-            try:
-                return result.result(timeout=1)
-            except TimeoutError:
-                if result.done() or self.why_dead() is None:
-                    continue
-                raise RuntimeError("the worker died") from None
+        while not wait([result], timeout=1).done:
+            if worker is None or not worker.is_alive():
+                raise RuntimeError("the worker died")
+        return result.result()
 
     def stop(self, seconds: float) -> bool:
         if self._thread is None:

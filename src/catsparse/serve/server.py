@@ -9,14 +9,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CatsparseError
+from ..strict_json import first_sentence
 from .app import App
-from .errors import ApiError
 from .service import Service
 from .settings import Settings
 
@@ -75,8 +76,9 @@ class Server(uvicorn.Server):
         self.settings, self.failure = settings, ""
         self.hangs = False
         self._ready, self._log = ready, log
-        self.service = Service(model, tokenizer, settings, self._fail, log)
-        self.app = App(self.service, settings)
+        self._model, self._tokenizer = model, tokenizer
+        self.service: Service | None = None
+        self.app = App(model, settings)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -95,24 +97,45 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.service.start()
-        try:
-            warming = self.service.warm_up(self.app.posts["/v1/completions"])
-            await asyncio.wait_for(warming, _WARM_UP_SECONDS)
-        except (ApiError, asyncio.TimeoutError) as error:
-            self.failure = self.failure or f"the model wrote no answer ({error})"
-        if self.failure:
-            await self.service.stop()
-            self.should_exit = True
+        reason = await self._begin()
+        if reason is not None and self.settings.batching is None:
+            self._log(
+                f"continuous batching does not serve this model ({reason}); answers are written "
+                "one after the other"
+            )
+            self.settings = replace(self.settings, batching=False)
+            reason = await self._begin()
+        if reason is not None:
+            self.failure, self.should_exit = f"the model wrote no answer: {reason}", True
             return
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
+    async def _begin(self) -> str | None:
+        """A service that has written an answer; why there is none."""
+        self.failure = ""
+        try:
+            service = Service(self._model, self._tokenizer, self.settings, self._fail, self._log)
+        except CatsparseError:
+            raise
+        except Exception as error:  # a model of a kind that transformers cannot batch
+            return first_sentence(error)
+        try:
+            service.start()
+            self.app.use(service)
+            await asyncio.wait_for(service.warm_up(self.app.writer), _WARM_UP_SECONDS)
+        except Exception as error:
+            await service.stop()
+            return self.failure or first_sentence(error)
+        self.service, self.should_exit, self.failure = service, False, ""
+        return None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.app.is_stopping = True
         await super().shutdown(sockets)
-        self.hangs = not await self.service.stop()
+        if self.service is not None:
+            self.hangs = not await self.service.stop()
 
     def _fail(self, sentence: str) -> None:
         self.failure, self.should_exit = sentence, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
@@ -16,7 +17,7 @@ from ..dropped import measure
 from ..surgery import run_dense, sparse_layers
 from .batching import Batching
 from .engine import Engine
-from .errors import bad_request, worker_died
+from .errors import bad_request, failed, worker_died
 from .generation import Generation, Job
 from .metrics import Metrics
 from .protocol import Asked, Endpoint
@@ -27,7 +28,8 @@ from .turns import Turns
 
 _TICK = 0.1  # seconds between two looks at the worker
 _ATTEMPTS = 2  # an answer that lost its worker is taken up by the next one, once
-_DEATHS = 5  # of workers in a row, none of which completed an answer, and the server ends
+_STARTS = 4  # of workers in a row that write nothing, and the server ends
+_PROBE_SECONDS = 60.0
 _MEASURING = 50  # times as long as the last count took passes before the next
 
 
@@ -58,7 +60,7 @@ class Service:
         self._turns = Turns(self._switch)
         self._dense = ExitStack()
         self._active: dict[str, Generation] = {}
-        self._deaths = 0
+        self._probe: Job | None = None
         # One thread: a tokenizer must not be used by two at a time.
         self._encoder = ThreadPoolExecutor(1, "catsparse-encoder")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,12 +70,11 @@ class Service:
         return Metrics(self.settings.name, self.is_sparse, self.engine.together)
 
     def _choose_engine(self) -> Engine:
-        wanted = self.settings.batching
-        if wanted is False or not hasattr(self.model, "init_continuous_batching"):
+        if self.settings.batching is False:
             return Sequential(self.model)
         return Batching(self.model, self.settings.max_batch)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """The worker, and what watches over it."""
         self.engine.start()
         self._watch(self._supervise())
@@ -82,7 +83,7 @@ class Service:
         """A first, short answer of each kind: kernels are built, weights copied, and what cannot
         work is known now. None of it counts."""
         asked = endpoint.parse({"prompt": "A", "max_tokens": 2, "seed": 0})
-        job = await self.prepare(endpoint, asked)
+        self._probe = job = await self.prepare(endpoint, asked)
         for dense in (True, False) if self.is_sparse else (False,):
             async with (
                 self.write(f"warm-up-{dense}", replace(job, dense=dense)) as generation,
@@ -150,10 +151,9 @@ class Service:
                 yield generation
             finally:
                 del self._active[ident]
-                generation.cancelled = not generation.is_complete
+                generation.cancelled = not generation.is_written
                 self.engine.cancel(generation)
         if generation.is_complete:
-            self._deaths = 0
             self._note(generation)
 
     def _count_tokens(self, generation: Generation, tokens: int) -> None:
@@ -210,22 +210,27 @@ class Service:
         for generation in list(self._active.values()):
             if generation.failure is not None and generation.was_given_up:
                 self._log(f"an answer failed: {generation.failure}")
-                generation.fail(worker_died())
+                generation.fail(failed())
             generation.was_given_up = generation.failure is not None
 
     async def _restart(self, reason: str) -> bool:
-        self._deaths += 1
-        self._log(f"the generation worker died ({reason}); a new one is started")
-        if self._deaths > _DEATHS:
-            self._end(f"the generation worker died {self._deaths} times in a row ({reason})")
+        """A worker that has shown that it can write takes up what the last one left."""
+        for _ in range(_STARTS):
+            self._log(f"the generation worker died ({reason}); a new one is started")
+            try:
+                await asyncio.to_thread(self.engine.start)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            self.metrics.restarts.inc()
+            if await self._writes():
+                break
+            reason = self.engine.why_dead() or "it writes nothing"
+        else:
+            self._end(f"{_STARTS} generation workers died one after the other ({reason})")
             return False
-        try:
-            await asyncio.to_thread(self.engine.start)
-        except Exception as error:
-            self._end(f"the generation worker died and cannot be started again ({error})")
-            return False
-        self.metrics.restarts.inc()
         for generation in list(self._active.values()):
+            self.engine.cancel(generation)  # it may have come to the new worker already
             generation.attempt += 1
             generation.failure, generation.was_given_up = None, False
             if generation.attempt < _ATTEMPTS:
@@ -233,6 +238,19 @@ class Service:
             else:
                 generation.fail(worker_died())
         return True
+
+    async def _writes(self) -> bool:
+        if self._probe is None:
+            return True
+        job = self._probe
+        sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
+        probe = Generation(f"probe-{uuid.uuid4().hex}", job, sampler, self.tokenizer)
+        self.engine.submit(probe)
+        end = time.monotonic() + _PROBE_SECONDS
+        while not probe.is_written and self.engine.why_dead() is None and time.monotonic() < end:
+            await asyncio.sleep(_TICK / 5)
+        self.engine.cancel(probe)
+        return probe.is_written
 
     def _end(self, sentence: str) -> None:
         for generation in list(self._active.values()):
