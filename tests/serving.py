@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,13 @@ def expected(prompt: str, tokens: int, dense: bool = False, **options: Any) -> s
     with catsparse.surgery.run_dense(model) if dense else torch.no_grad():
         written = catsparse.generate(model, ids, attention_mask=torch.ones_like(ids), **options)
     return str(tokenizer().decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,7 @@ import catsparse
 import serving
 import tiny
 from catsparse import hub
-from serving import NAME, PROMPT, Running, expected, tokenizer
+from serving import NAME, PROMPT, Running, expected, tokenizer, wait_for  # noqa: E402
 
 PROMPTS = [PROMPT, "Then he said", "It was a dark night, and", "She", "In the year 1805 the ship"]
 
@@ -215,6 +214,8 @@ def test_what_is_written_is_counted(running: Running) -> None:
     before = counted()
     running.complete(PROMPT, 16)
     length = len(tokenizer()(PROMPT)["input_ids"])
+    # The last of them is counted when the answer has been sent.
+    wait_for(lambda: counted()[-1] > before[-1])
     assert [b - a for a, b in zip(before, counted(), strict=True)] == [length, 1, 16, 1]
     text = running.http().get("/metrics")
     assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -227,10 +228,7 @@ def test_what_is_dropped_is_counted() -> None:
     model = serving.sparse_model()
     with serving.serving() as running:
         text = running.complete(PROMPT, 32)
-        for _ in range(100):
-            if running.metric("measured_tokens_total"):
-                break
-            threading.Event().wait(0.1)
+        wait_for(lambda: bool(running.metric("measured_tokens_total")))
         found = running.metric("achieved_sparsity"), running.metric("bytes_skipped_ratio")
         assert running.metric("measured_tokens_total") == len(
             tokenizer()(PROMPT + text)["input_ids"]

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ import httpx
 import openai
 
 import serving
-from serving import NAME, PROMPT, Running, expected
+from serving import NAME, PROMPT, Running, expected, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
@@ -48,13 +48,6 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 def post(running: Running, path: str, **body: Any) -> httpx.Response:
     return running.http().post(path, json=body)
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 def is_idle(running: Running) -> bool:
