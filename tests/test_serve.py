@@ -17,7 +17,7 @@ import catsparse
 import serving
 import tiny
 from catsparse import hub
-from serving import NAME, PROMPT, Running, expected, tokenizer, wait_for  # noqa: E402
+from serving import NAME, PROMPT, Running, expected, tokenizer, wait_for
 
 PROMPTS = [PROMPT, "Then he said", "It was a dark night, and", "She", "In the year 1805 the ship"]
 
