@@ -150,6 +150,7 @@ class Load:
         async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as client:
             await self.all(client, self.concurrent)
             await asyncio.sleep(2)
+            alone = await self.alone(client)
             before, tokens = resident(self.pid), await metric(client, "generated_tokens_total")
             self.counts.clear()
             self.seconds.clear()
@@ -174,6 +175,7 @@ class Load:
             "said": self.said[:3],
             "seconds": took,
             "tokens_per_second": tokens / took,
+            "alone_tokens_per_second": alone,
             "seconds_p50": quantile(self.seconds, 0.5),
             "seconds_p95": quantile(self.seconds, 0.95),
             "first_token_p50": quantile(self.first, 0.5),
@@ -182,6 +184,19 @@ class Load:
             "rss_growth": rss[-1] / before - 1,
             "restarts": int(restarts),
         }
+
+    async def alone(self, client: httpx.AsyncClient) -> float:
+        """Tokens/s of one stream at a time, after its first token; the middle one of nine."""
+        body = {"prompt": BEGINNINGS[0], "max_tokens": 64, "temperature": 0, "stream": True}
+        rates = []
+        for _ in range(9):
+            times = []
+            async with client.stream("POST", PATH, json=body) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        times.append(time.perf_counter())
+            rates.append(63 / (times[-1] - times[0]))
+        return quantile(rates, 0.5)
 
     async def all(self, client: httpx.AsyncClient, number: int) -> None:
         kinds = self.random.choices(list(KINDS), list(KINDS.values()), k=number)
