@@ -19,7 +19,7 @@ import tiny
 from catsparse import hub
 from serving import NAME, PROMPT, Running, expected, tokenizer, wait_for
 
-PROMPTS = [PROMPT, "Then he said", "It was a dark night, and", "She", "In the year 1805 the ship"]
+PROMPTS = [PROMPT, "Then he said", "In the year 1805 the ship"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["batching", "one by one"])
@@ -127,15 +127,15 @@ def test_many_at_once_do_not_disturb_each_other(running: Running) -> None:
 
     def ask(one: tuple[str, dict[str, Any]]) -> str:
         prompt, kind = one
-        return running.complete(prompt, 16, **kind)
+        return running.complete(prompt, 12, **kind)
 
     with ThreadPoolExecutor(len(asks)) as pool:
         together = list(pool.map(ask, asks))
     assert together == [ask(one) for one in asks]
     for (prompt, kind), text in zip(asks, together, strict=True):
         if "seed" not in kind:
-            assert text == expected(prompt, 16, dense="extra_body" in kind)
-    assert expected(PROMPT, 16, dense=True) != expected(PROMPT, 16)
+            assert text == expected(prompt, 12, dense="extra_body" in kind)
+    assert expected(PROMPT, 12, dense=True) != expected(PROMPT, 12)
 
 
 def test_a_seed_means_what_it_means_for_generate(running: Running) -> None:

@@ -41,11 +41,11 @@ def kill(running: Running) -> None:
 def test_a_killed_worker_costs_nobody_an_answer(batching: bool) -> None:
     with serving.serving(batching=batching) as running, ThreadPoolExecutor(4) as pool:
         prompts = [PROMPT, "Then he said", "She", "It was"]
-        answers = pool.map(lambda prompt: running.complete(prompt, 100), prompts)
+        answers = pool.map(lambda prompt: running.complete(prompt, 50), prompts)
         wait_for(lambda: len(running.service._active) == 4)
-        wait_for(lambda: any(len(g.tokens) > 20 for g in running.service._active.values()))
+        wait_for(lambda: any(len(g.tokens) > 10 for g in running.service._active.values()))
         kill(running)
-        assert list(answers) == [expected(prompt, 100) for prompt in prompts]
+        assert list(answers) == [expected(prompt, 50) for prompt in prompts]
         assert running.metric("worker_restarts_total") == 1
         assert running.http().get("/health").status_code == 200
         assert any("died" in note for note in running.notes)
@@ -74,16 +74,15 @@ def test_a_request_that_kills_its_workers(batching: bool) -> None:
         poison(model, 99)
         code = "worker_died" if batching else "generation_failed"
         completions = running.client().completions
-        for _ in range(2):
-            with pytest.raises(openai.InternalServerError) as failed:
-                completions.create(model=NAME, prompt=[99, 5, 6], max_tokens=4)
-            assert failed.value.code == code
+        with pytest.raises(openai.InternalServerError) as failed:
+            completions.create(model=NAME, prompt=[99, 5, 6], max_tokens=4)
+        assert failed.value.code == code
         with pytest.raises(openai.APIError) as failed_:
             list(completions.create(model=NAME, prompt=[99, 5, 6], max_tokens=4, stream=True))
         assert failed_.value.code == code
         assert running.complete(PROMPT, 8) == expected(PROMPT, 8)
         gone = {"endpoint": "/v1/completions", "status": "500"}
-        assert running.metric("requests_total", **gone) == 2
+        assert running.metric("requests_total", **gone) == 1
 
 
 def test_one_failure_is_made_good() -> None:

@@ -57,8 +57,8 @@ class App:
 
     service: Service
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, model: Any, settings: Settings, log: Callable[[str], None]) -> None:
+        self.settings, self._log = settings, log
         vocabulary = model.config.get_text_config().vocab_size
         self.writer = Completions(settings.name, vocabulary)
         self.posts: dict[str, Endpoint] = {
@@ -93,9 +93,9 @@ class App:
         except asyncio.CancelledError:  # the shutdown did not wait any longer
             out.status = _GONE
             raise
-        except Exception:
+        except Exception as error:
+            self._log(f"a request failed: {type(error).__name__}: {error}")
             await self._show(ApiError(500, "the server failed", "internal_error"), out)
-            raise
         finally:
             known = path in self.posts or path in self._assets or path in _PLAIN
             endpoint = path if known else "other"
@@ -220,7 +220,7 @@ class App:
         most = self.settings.max_body
         length = headers.get("content-length", "")
         too_large = length.isdigit() and int(length) > most
-        parts, size = [], 0
+        parts, size, more = [], 0, True
         deadline = time.monotonic() + self.settings.read_seconds
         while not too_large:
             try:
@@ -234,11 +234,13 @@ class App:
             size += len(message.get("body", b""))
             too_large = size > most
             parts.append(message.get("body", b""))
-            if not too_large and not message.get("more_body"):
+            more = message.get("more_body", False)
+            if not too_large and not more:
                 return b"".join(parts)
         parts.clear()
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_drain(receive), _DRAIN_SECONDS)
+        if more:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_drain(receive), _DRAIN_SECONDS)
         raise ApiError(
             413,
             f"the body has more than {most} bytes",

@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         self._ready, self._log = ready, log
         self._model, self._tokenizer = model, tokenizer
         self.service: Service | None = None
-        self.app = App(model, settings)
+        self.app = App(model, settings, log)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -149,11 +149,16 @@ def run(server: Server, bound: socket.socket) -> None:
     """
     transformers_logging.set_verbosity(logging.CRITICAL)  # each request would be a warning
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    before = {}
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal that ended it once more: an orderly end is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-    server.run([bound])
+            before[number] = signal.signal(number, lambda *_: None)
+    try:
+        server.run([bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if server.hangs:
         os._exit(1)  # its thread would keep the process alive for ever
     if server.failure:

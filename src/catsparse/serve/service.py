@@ -31,6 +31,7 @@ _ATTEMPTS = 2  # an answer that lost its worker is taken up by the next one, onc
 _STARTS = 4  # of workers in a row that write nothing, and the server ends
 _PROBE_SECONDS = 60.0
 _MEASURING = 50  # times as long as the last count took passes before the next
+_COUNTED = 128  # tokens of a text, its last: the other answers wait so long
 
 
 class Service:
@@ -168,7 +169,8 @@ class Service:
             self.metrics.rate.labels("dense" if dense else "sparse").observe(rate)
         if not dense and time.monotonic() >= self._next_count:
             self._next_count = float("inf")  # one at a time
-            self._watch(self._count(generation.job.ids + generation.tokens))
+            ids = generation.job.ids + generation.tokens
+            self._watch(self._count(ids[-_COUNTED:]))
 
     async def _count(self, ids: list[int]) -> None:
         """What the model drops on a finished text, from one pass over it."""
@@ -184,6 +186,8 @@ class Service:
                 await asyncio.to_thread(self.engine.exclusive, count)
             except RuntimeError:  # the worker died; whoever watches it sees that
                 self._next_count = time.monotonic() + 1
+            except Exception as error:  # and no more of them
+                self._log(f"what is dropped cannot be counted: {type(error).__name__}: {error}")
 
     def _switch(self, dense: bool) -> None:
         self._dense.close()
@@ -196,13 +200,16 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _supervise(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK)
-            reason = self.engine.why_dead()
-            if reason is None:
-                self._fail_given_up()
-            elif not await self._restart(reason):
-                return
+        try:
+            while True:
+                await asyncio.sleep(_TICK)
+                reason = self.engine.why_dead()
+                if reason is None:
+                    self._fail_given_up()
+                elif not await self._restart(reason):
+                    return
+        except Exception as error:
+            self._end(f"the server's own watch failed ({type(error).__name__}: {error})")
 
     def _fail_given_up(self) -> None:
         """Answers that a living worker could not write. A dying one gives all up before it is seen
