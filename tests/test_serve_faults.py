@@ -37,6 +37,7 @@ def kill(running: Running) -> None:
     wait_for(lambda: not worker.is_alive())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @ENGINES
 def test_a_killed_worker_costs_nobody_an_answer(batching: bool) -> None:
     with serving.serving(batching=batching) as running, ThreadPoolExecutor(4) as pool:
