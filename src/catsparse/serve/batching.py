@@ -6,11 +6,11 @@ import math
 import os
 import queue
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..errors import CatsparseError
 from ..kernels import MAX_OP_TOKENS
@@ -31,6 +31,8 @@ class Batching:
     together = True
 
     def __init__(self, model: Any, max_batch: int | None) -> None:
+        if not hasattr(ContinuousBatchingManager, "pause"):
+            raise RuntimeError("it needs transformers 5.20 or newer")
         self.model = model
         on_gpu = model.device.type != "cpu"
         batch = max_batch or (64 if on_gpu else MAX_OP_TOKENS)
@@ -38,6 +40,7 @@ class Batching:
         self._sampling = PerRequest()
         self._manager: Any = None
         self._config = ContinuousBatchingConfig(
+            page_size=PAGE,
             num_blocks=blocks,
             max_batch_tokens=max(2048 if on_gpu else 512, batch),
             max_requests_per_batch=batch,
@@ -46,7 +49,8 @@ class Batching:
             # The rows' own parameters are read on the host in every step.
             use_cuda_graph=False,
             use_async_batching=False,
-            **_by_version(),
+            # A kernel would be fetched behind anyone's back.
+            auto_switch_to_flash=False,
         )
 
     def start(self) -> None:
@@ -113,14 +117,6 @@ class Batching:
             return True
         self._manager.stop(block=True, timeout=seconds, hard_stop=True)
         return not self._manager.is_running()
-
-
-def _by_version() -> dict[str, Any]:
-    known = {field.name for field in fields(ContinuousBatchingConfig)}
-    options: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": PAGE}
-    if "auto_switch_to_flash" in known:  # which would fetch a kernel behind anyone's back
-        options["auto_switch_to_flash"] = False
-    return options
 
 
 class _Nowhere(queue.SimpleQueue[Any]):
