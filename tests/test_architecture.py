@@ -50,6 +50,9 @@ LAYERS = {
     "probing": 3,
     "meter": 3,
     "decoding": 4,
+    "dropped": 4,
+    "prompts": 4,
+    "text_stream": 4,
     "merged_weights": 3,
     "hub": 4,
     "judge": 4,
@@ -210,7 +213,8 @@ import sys
 import catsparse
 import torch
 assert not torch.cuda.is_initialized()
-heavy = {"datasets", "pyarrow", "matplotlib", "typer", "peft"} & set(sys.modules)
+optional = {"datasets", "pyarrow", "matplotlib", "typer", "peft", "fastapi", "uvicorn", "openai"}
+heavy = optional & set(sys.modules)
 assert not heavy, heavy
 assert torch.get_default_dtype() == torch.float32
 assert torch.is_grad_enabled()

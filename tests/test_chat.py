@@ -17,7 +17,8 @@ from catsparse import CatsparseError, cli, hub
 from catsparse import chat as chat_module
 from catsparse.chat import Chat
 from catsparse.data import load_windows
-from catsparse.text import TextGenerator, measure
+from catsparse.dropped import measure
+from catsparse.text import TextGenerator
 
 COMMAND = sys.modules["catsparse.cli.chat"]  # by that name the package holds the function
 ONE, TWO = "The captain looked", "Then he said"

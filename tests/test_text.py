@@ -12,8 +12,9 @@ from torch import Tensor
 import catsparse
 import tiny
 from catsparse import achieved_sparsity, hub, set_backend
+from catsparse.dropped import measure
 from catsparse.kernels.cpu import cpu_library
-from catsparse.text import TextGenerator, Written, _Stream, measure
+from catsparse.text import TextGenerator, Written, _Stream
 
 PROMPT = "The captain looked"
 

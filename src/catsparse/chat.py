@@ -5,15 +5,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from .dropped import Dropped, measure
 from .errors import CatsparseError
+from .prompts import Turn, encode_turns, has_template
 from .strict_json import first_sentence
 from .surgery import run_dense, sparse_layers
-from .text import Dropped, Show, TextGenerator, Written, measure
-
-Turn = dict[str, str]
+from .text import Show, TextGenerator, Written
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Answer:
     Attributes:
         text: as it is kept in the conversation.
         written: its tokens and times.
-        dropped: what the whole conversation drops (see :func:`catsparse.text.measure`); None if
+        dropped: what the whole conversation drops (see :func:`catsparse.dropped.measure`); None if
             the model ran dense or Ctrl-C stopped the count.
         forgotten: how many old messages made room for this one.
     """
@@ -46,7 +47,7 @@ class Chat:
         self.turns: list[Turn] = []
         self.context = 0
         self.is_sparse = bool(sparse_layers(writer.model))
-        self.has_template = bool(getattr(writer.tokenizer, "chat_template", None))
+        self.has_template = has_template(writer.tokenizer)
         config = writer.model.config.get_text_config()
         self.limit: int | None = getattr(config, "max_position_embeddings", None)
         if self.limit is not None and writer.tokens >= self.limit:
@@ -116,29 +117,15 @@ class Chat:
         return turns, ids  # a shorter answer fits
 
     def _encode(self, turns: list[Turn]) -> Tensor:
-        tokenizer = self.writer.tokenizer
-        if not self.has_template:
-            lines = [] if self.system is None else [_line(self.system)]
-            for turn in turns:
-                own = turn["role"] == "user"
-                lines.append(turn["content"] if own else _line(turn["content"]))
-            plain: Tensor = tokenizer("".join(lines), return_tensors="pt")["input_ids"]
-            return plain
         try:
-            encoded = tokenizer.apply_chat_template(
-                self._with_system(turns),
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+            ids = encode_turns(self.writer.tokenizer, self._with_system(turns))
         except TemplateError as error:
             reason = first_sentence(error)
             remedy = "start again with /clear" if self.system is None else "leave out --system"
             raise CatsparseError(
                 f"the model's chat template refuses the conversation ({reason}); {remedy}"
             ) from error
-        ids: Tensor = encoded["input_ids"]
-        return ids
+        return torch.tensor([ids])
 
     def _with_system(self, turns: list[Turn]) -> list[Turn]:
         return turns if self.system is None else [_turn("system", self.system), *turns]
@@ -146,7 +133,3 @@ class Chat:
 
 def _turn(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
-
-
-def _line(text: str) -> str:
-    return text.rstrip("\n") + "\n"

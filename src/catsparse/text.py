@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from . import decoding
 from .errors import CatsparseError
-from .explanation import model_paths
-from .meter import achieved_sparsity
-from .surgery import sparse_layers, threshold_every_token
+from .text_stream import TextStream
 
 Show = Callable[[str], None]
-
-# Tokens decoded again with each new one: enough to know its spaces and to complete a character.
-_WINDOW = 6
 
 
 @dataclass(frozen=True)
@@ -63,25 +57,6 @@ class Written:
         if len(self.times) < 3:
             return None
         return (len(self.times) - 2) / (self.times[-1] - self.times[1])
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """What a sparse model dropped on a text.
-
-    Attributes:
-        sparsity: fraction of neurons dropped over all MLPs; ``lowest`` and ``highest`` of any one.
-            Where no MLP is sparse, of inputs over all sparse linear layers.
-        bytes_skipped: fraction of the sparse layers' weight bytes that one-token decode leaves
-            unread on the path it takes here: 0 where that is torch's dense matmuls.
-        nbytes: the weight bytes of these layers.
-    """
-
-    sparsity: float
-    lowest: float
-    highest: float
-    bytes_skipped: float
-    nbytes: int
 
 
 class TextGenerator:
@@ -169,46 +144,19 @@ def _generate(model: Any, ids: Tensor, **options: Any) -> Any:
     return decoding.generate(model, ids, **options)
 
 
-def measure(model: Any, ids: Tensor) -> Dropped:
-    """What the sparse ``model`` drops on ``ids`` ``[T]``, in one forward pass over all of them.
-
-    Counting needs the mask, which decode's kernels do not give, so counting while a text is
-    written would slow it: the finished text is run again, every token thresholded. The prompt's
-    tokens are counted with the others.
-    """
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1  # the head is not needed
-    with torch.no_grad(), threshold_every_token(model), achieved_sparsity(model) as meter:
-        model(input_ids=ids[None].to(model.device), **options)
-    seen, paths = meter.sites | meter.inputs, model_paths(model)
-    sizes = {
-        name: sum(p.nbytes for p in layer.parameters())
-        for name, layer in sparse_layers(model).items()
-        if name in seen
-    }
-    skipped = sum(
-        meter.site_bytes_skipped(name, paths[name].skips_down) * size
-        for name, size in sizes.items()
-        if paths[name].skips_up or paths[name].skips_down
-    )
-    shares = (meter.sites or meter.inputs).values()
-    total = sum(sizes.values())
-    return Dropped(meter.sparsity, min(shares), max(shares), skipped / total, total)
-
-
 class _Stream(BaseStreamer):  # type: ignore[misc]
     """Keeps every token with its time, and shows the text as soon as its characters are whole."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], show: Show | None) -> None:
-        self.tokenizer, self.show = tokenizer, show
-        self.ids = list(prompt)
+        self.text, self.show = TextStream(tokenizer, prompt), show
         self.times: list[float] = []
         self.pieces: list[str] = []
         self.start = time.perf_counter()
         self._prompt_comes = True  # generate sends the prompt first
-        # Text up to _read is shown; from _from on it is decoded again, as context.
-        self._from, self._read = max(len(prompt) - _WINDOW, 0), len(prompt)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.text.ids
 
     def put(self, value: Tensor) -> None:
         if self._prompt_comes:
@@ -216,28 +164,18 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
             return
         new = value.flatten().tolist()
         now = time.perf_counter() - self.start
-        self.ids += new
         self.times += [now] * len(new)
-        self._advance(whole=True)
+        self._keep(self.text.add(new))
 
     def end(self) -> None:
         pass
 
     def flush(self) -> None:
         """Show what is left, even half a character."""
-        self._advance(whole=False)
+        self._keep(self.text.rest())
 
-    def _advance(self, whole: bool) -> None:
-        before = self._decode(self.ids[self._from : self._read])
-        after = self._decode(self.ids[self._from :])
-        piece = after[len(before) :]
-        if not piece or (whole and after.endswith("\ufffd")):
-            return
-        self._from, self._read = max(len(self.ids) - _WINDOW, self._from), len(self.ids)
-        self.pieces.append(piece)
-        if self.show is not None:
-            self.show(piece)
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+    def _keep(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            if self.show is not None:
+                self.show(piece)

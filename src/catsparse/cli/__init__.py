@@ -24,6 +24,7 @@ from .generate import generate
 from .info import info
 from .plot import plot
 from .report import report
+from .serve import serve
 from .sparsify import sparsify
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ def _main(
     _debug = debug
 
 
-COMMANDS = (sparsify, finetune, evaluate, compare, generate, chat, info, plot, report, demo)
+COMMANDS = (sparsify, finetune, evaluate, compare, generate, chat, serve, info, plot, report, demo)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(bench, name="bench")

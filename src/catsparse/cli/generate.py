@@ -109,8 +109,8 @@ def _show(text: str) -> None:
 def _measured(model: Any, written: Written, is_sparse: bool) -> dict[str, Any]:
     from .. import decoding
     from ..bench.decode import bytes_per_token
+    from ..dropped import measure
     from ..explanation import model_paths
-    from ..text import measure
 
     found: dict[str, Any] = {
         "prompt_tokens": written.prompt_tokens,
