@@ -26,7 +26,7 @@ def main() -> None:
     llm = LLM(max_model_len=256, max_num_seqs=4, **asked["options"])
     seen: dict[str, list[int]] = {}
     if asked.get("count"):
-        count(seen)
+        llm.apply_model(lambda model: count(model, seen))
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in asked["prompts"]],
         SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True),
@@ -41,11 +41,11 @@ def main() -> None:
     print("\n" + json.dumps(found))
 
 
-def count(seen: dict[str, list[int]]) -> None:
+def count(model: Any, seen: dict[str, list[int]]) -> None:
     """Hang a counter on every shard: what the first decision keeps, and of how many."""
-    from catsparse.vllm_plugin.layers import SHARDS
+    from catsparse.vllm_plugin.layers import shards_of
 
-    for key, shard in SHARDS.items():
+    for key, shard in shards_of(model).items():
         counts = seen.setdefault(key, [0, 0])
 
         def note(keep: Any, kept: Any, counts: list[int] = counts) -> None:
