@@ -81,18 +81,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def run(model: Path, prompts: list[list[int]], count: bool = True, **options: Any) -> Any:
-    """What vllm_run.py found; a process that failed raises what it said."""
+def run(
+    model: Path,
+    prompts: list[list[int]],
+    count: bool = True,
+    adapters: list[str | None] | None = None,
+    **options: Any,
+) -> Any:
+    """What vllm_run.py found, with its ``log``; a process that failed raises what it said."""
     options = {"model": str(model), "dtype": "float32", "enforce_eager": True} | options
     if not (model / "tokenizer.json").exists():
         options["skip_tokenizer_init"] = True
     asked = {"options": options, "prompts": prompts, "new_tokens": NEW, "count": count}
+    asked["adapters"] = adapters
     done = subprocess.run(
         [sys.executable, RUN], input=json.dumps(asked) + "\n", capture_output=True, text=True
     )
     found = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
     assert found, (done.stdout + done.stderr)[-4000:]
-    return json.loads(found[-1])
+    return json.loads(found[-1]) | {"log": done.stdout + done.stderr}
 
 
 def own_tokens(folder: Path, prompts: list[list[int]]) -> tuple[list[list[int]], float]:

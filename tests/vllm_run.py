@@ -1,7 +1,8 @@
 """Run in vLLM's own environment: greedy tokens of a directory, and how sparse they were -> JSON.
 
-One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``. What
-goes out on the last line: ``tokens``, ``sparsity`` over what ran, ``sites`` and ``ranks``.
+One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``, and
+``adapters``, a LoRA directory or null for each prompt. What goes out on the last line: ``tokens``,
+``sparsity`` over what ran and ``sites``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> None:
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in asked["prompts"]],
         SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True),
+        lora_request=asked.get("adapters") and [request(path) for path in asked["adapters"]],
         use_tqdm=False,
     )
     kept, total = (sum(values[i] for values in seen.values()) for i in (0, 1))
@@ -39,6 +41,12 @@ def main() -> None:
         "sites": sorted(seen),
     }
     print("\n" + json.dumps(found))
+
+
+def request(path: str | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return path and LoRARequest(path, 1 + hash(path) % 2**31, path)
 
 
 def count(model: Any, seen: dict[str, list[int]]) -> None:
