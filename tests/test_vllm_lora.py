@@ -65,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["attention", "mlp", "all"])
 def test_with_and_without_an_adapter_in_one_batch(folders: dict[str, Any], name: str) -> None:
     adapter, tokens = folders[name]
-    found = run(folders["model"], PROMPTS, adapters=[adapter, adapter, None], **LORA)
+    found = run(folders["model"], PROMPTS, more={"adapters": [adapter, adapter, None]}, **LORA)
     assert found["tokens"] == tokens
     assert found["sparsity"] == pytest.approx(0.6, abs=0.1)
     assert "--lora-target-modules" in found["log"]

@@ -1,8 +1,9 @@
 """Run in vLLM's own environment: greedy tokens of a directory, and how sparse they were -> JSON.
 
 One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``, and
-``adapters``, a LoRA directory or null for each prompt. What goes out on the last line: ``tokens``,
-``sparsity`` over what ran and ``sites``.
+``adapters``, a LoRA directory or null for each prompt. ``before`` are options of another model that
+the process runs first; ``whole_compile`` asks for vLLM's compilation as it is on GPUs. What goes out
+on the last line: ``tokens``, ``sparsity`` over what ran and ``sites``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ def main() -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the shards can be looked at
     else:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+    if asked.get("whole_compile"):
+        compile_as_on_gpus()
     from vllm import LLM, SamplingParams
 
-    llm = LLM(max_model_len=256, max_num_seqs=4, **asked["options"])
+    sizes = {"max_model_len": 256, "max_num_seqs": 4}
+    others = [LLM(**sizes, **options) for options in asked.get("before") or []]
+    llm = LLM(**sizes, **asked["options"])
     seen: dict[str, list[int]] = {}
     if asked.get("count"):
         llm.apply_model(lambda model: count(model, seen))
@@ -34,6 +39,7 @@ def main() -> None:
         lora_request=asked.get("adapters") and [request(path) for path in asked["adapters"]],
         use_tqdm=False,
     )
+    del others
     kept, total = (sum(values[i] for values in seen.values()) for i in (0, 1))
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
@@ -41,6 +47,24 @@ def main() -> None:
         "sites": sorted(seen),
     }
     print("\n" + json.dumps(found))
+
+
+def compile_as_on_gpus() -> None:
+    """vLLM's own backend, which keeps what it compiled for other processes. On the CPU vLLM takes
+    plain Inductor, and what that keeps is never loaded."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.platforms.cpu import CpuPlatform
+
+    plain = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        wanted = config.compilation_config
+        mode, backend = wanted.mode, wanted.backend
+        plain(cls, config)
+        wanted.mode, wanted.backend, wanted.compile_sizes = mode, backend, []
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names ops of GPUs
 
 
 def request(path: str | None) -> Any:
