@@ -200,13 +200,6 @@ def test_an_adapter_directory_over_its_base(tmp_path: Path) -> None:
     assert found["sparsity"] == pytest.approx(sparsity, abs=0.03)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    catsparse.save(made_sparse(random_model("mistral")), tmp_path, merge=True)
-    tokens, _ = own_tokens(tmp_path, [LONG, SHORT])
-    found = run(tmp_path, [LONG, SHORT], count=False, tensor_parallel_size=2)
-    assert found["tokens"] == tokens
-
-
 def test_what_vllm_has_no_place_for_is_refused(tmp_path: Path) -> None:
     model = made_sparse(random_model("mistral"), 0.4, {"inputs": "mlp"}, method="teal")
     catsparse.save(model, tmp_path, merge=True)

@@ -1,14 +1,15 @@
 """Run in vLLM's own environment: greedy tokens of a directory, and how sparse they were -> JSON.
 
 One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``, and
-``adapters``, a LoRA directory or null for each prompt. ``before`` are options of another model that
-the process runs first; ``whole_compile`` asks for vLLM's compilation as it is on GPUs. What goes out
-on the last line: ``tokens``, ``sparsity`` over what ran and ``sites``.
+``adapters``, a LoRA directory or null for each prompt. ``before`` are options of other models that
+the process runs first; ``whole_compile`` asks for vLLM's compilation as it is on GPUs. What goes
+out on the last line: ``tokens``, ``sparsity`` over what ran and ``sites``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -18,7 +19,8 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 def main() -> None:
     asked = json.loads(sys.stdin.readline())
-    ranks = asked["options"].get("tensor_parallel_size", 1)
+    sizes = (f"{kind}_parallel_size" for kind in ("tensor", "pipeline"))
+    ranks = math.prod(asked["options"].get(size, 1) for size in sizes)
     if ranks == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the shards can be looked at
     else:

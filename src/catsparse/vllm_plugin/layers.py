@@ -172,7 +172,9 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
         # A target may be a full name, which other models may know under another prefix.
         targets = lora.target_modules and [name.rpartition(".")[2] for name in lora.target_modules]
         packed = {**(self.packed_modules_mapping or {}), "gate_up_proj": ["gate_proj", "up_proj"]}
-        if not any(is_in_target_modules(prefix + part, targets, packed) for part in (GATE_UP, DOWN)):
+        if not any(
+            is_in_target_modules(prefix + part, targets, packed) for part in (GATE_UP, DOWN)
+        ):
             return False
         # What the activation is given, and what down_proj's adapter multiplies, is found and
         # changed in place.
@@ -235,8 +237,8 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
         kinds = [getattr(part, "model_type", "") for part in found]
         if self.artifact is not None and base is not None and base.model_type not in kinds:
             raise CatsparseError(
-                f"{shorten(source)} belongs to a {base.model_type} model, and {model.model} is a "
-                f"{kinds[0]}; serve the model that it was made of"
+                f"{shorten(source)} belongs to a {base.model_type} model, and {model.model} is of "
+                f"type {kinds[0]}; serve the model that it was made of"
             )
 
     def check(self) -> None:
@@ -298,7 +300,7 @@ def _on_this_stage(site: str, now: Any) -> bool:
     model = now.model_config
     start, end = model.get_layers_start_end_indices(now.parallel_config)
     layer, layers = int(number[1]), model.get_total_num_hidden_layers()
-    return start <= min(layer, layers - 1) < end
+    return bool(start <= min(layer, layers - 1) < end)
 
 
 class _Plain(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -359,7 +361,7 @@ class GateUpMethod(_Method):
             return gate_up
         gate_up, y = torch.ops.catsparse.vllm_gate_up(x, layer.weight.shape[0], pair.name)
         pair.handed = (x, gate_up, y)
-        return gate_up
+        return gate_up  # type: ignore[no-any-return]
 
 
 class DownMethod(_Method):
