@@ -210,11 +210,11 @@ def test_quantization_while_loading_is_refused(started: Started) -> None:
 def test_what_vllm_keeps_compiled_depends_on_the_sites(started: Started, tmp_path: Path) -> None:
     started.build(NAMES[0])
     first = dict(started.vllm.additional_config)
-    config = state_of(started.model).config
-    catsparse.densify(started.model)
-    one = {NAMES[0]: config.sites[NAMES[0]]}
-    some = replace(config, sites=one, method="cats", compensate=False)
-    catsparse.save(catsparse.sparsify(started.model, some), tmp_path / "some", merge=True)
+    model = sparse_model(method="cats", compensate=False)
+    config = state_of(model).config
+    catsparse.densify(model)
+    some = replace(config, sites={NAMES[0]: config.sites[NAMES[0]]})
+    catsparse.save(catsparse.sparsify(model, some), tmp_path / "some", merge=True)
     started.config = started.layers.CatsConfig(str(tmp_path / "some"))
     started.build(NAMES[0])
     assert started.vllm.additional_config != first
