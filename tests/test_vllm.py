@@ -168,6 +168,16 @@ def test_families(tmp_path: Path, family: str) -> None:
     agrees(tmp_path, [LONG, SHORT])
 
 
+def test_chunks_and_cached_prefixes(tmp_path: Path) -> None:
+    """Prompts one by one: the first in chunks, the last but for its end from the cache."""
+    catsparse.save(made_sparse(random_model("mistral")), tmp_path, merge=True)
+    tokens, _ = own_tokens(tmp_path, [LONG, SHORT])
+    options = {"max_num_batched_tokens": 24, "block_size": 16, "max_num_seqs": 1}
+    found = run(tmp_path, [LONG, SHORT, LONG], enable_prefix_caching=True, **options)
+    assert found["tokens"] == [*tokens, tokens[0]]
+    assert found["cached"] == [0, 0, 32]
+
+
 def test_second_decision(tmp_path: Path) -> None:
     at = catsparse.calibration.GateDecision(0.4, "energy")
     model = made_sparse(

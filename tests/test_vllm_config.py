@@ -102,7 +102,8 @@ def test_it_says_how_many_are_sparse(started: Started, caplog: pytest.LogCapture
     logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate
     caplog.set_level(logging.INFO, logger.name)
     started.load()
-    assert "catsparse: 2 of 3 MLPs run sparse" in caplog.messages
+    folder = started.model_config.model
+    assert f"catsparse: 2 of 3 MLPs run sparse, by {folder}" in caplog.messages
     context = started.vllm.compilation_config.static_forward_context
     assert set(context) == {f"{name}.catsparse" for name in NAMES}
 
@@ -208,16 +209,16 @@ def test_quantization_while_loading_is_refused(started: Started) -> None:
 
 
 def test_what_vllm_keeps_compiled_depends_on_the_sites(started: Started, tmp_path: Path) -> None:
-    started.build(NAMES[0])
-    first = dict(started.vllm.additional_config)
-    model = sparse_model(method="cats", compensate=False)
-    config = state_of(model).config
-    catsparse.densify(model)
-    some = replace(config, sites={NAMES[0]: config.sites[NAMES[0]]})
-    catsparse.save(catsparse.sparsify(model, some), tmp_path / "some", merge=True)
-    started.config = started.layers.CatsConfig(str(tmp_path / "some"))
-    started.build(NAMES[0])
-    assert started.vllm.additional_config != first
+    model, folder = sparse_model(method="cats", compensate=False), tmp_path / "some"
+    config, seen = state_of(model).config, []
+    for names in (NAMES, NAMES[:1]):
+        catsparse.densify(model)
+        sites = {name: config.sites[name] for name in names}
+        catsparse.save(catsparse.sparsify(model, replace(config, sites=sites)), folder, merge=True)
+        started.config = started.layers.CatsConfig(str(folder))
+        started.build(NAMES[0])
+        seen.append(dict(started.vllm.additional_config))
+    assert seen[0] != seen[1]
 
 
 def test_other_processes_read_for_themselves(started: Started) -> None:

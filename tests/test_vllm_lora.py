@@ -69,3 +69,12 @@ def test_with_and_without_an_adapter_in_one_batch(folders: dict[str, Any], name:
     assert found["tokens"] == tokens
     assert found["sparsity"] == pytest.approx(0.6, abs=0.1)
     assert "--lora-target-modules" in found["log"]
+
+
+def test_adapters_kept_off_the_mlps_leave_them_to_the_kernels(folders: dict[str, Any]) -> None:
+    adapter, tokens = folders["attention"]
+    more = {"adapters": [adapter, adapter, None]}
+    found = run(folders["model"], PROMPTS, more=more, lora_target_modules=ATTENTION, **LORA)
+    assert found["tokens"] == tokens
+    assert "catsparse: 2 of 2 MLPs run sparse" in found["log"]
+    assert "LoRA adapters may reach" not in found["log"]

@@ -3,7 +3,8 @@
 One line of JSON comes in: ``options`` of vllm.LLM, ``prompts`` of token ids, ``new_tokens``, and
 ``adapters``, a LoRA directory or null for each prompt. ``before`` are options of other models that
 the process runs first; ``whole_compile`` asks for vLLM's compilation as it is on GPUs. What goes
-out on the last line: ``tokens``, ``sparsity`` over what ran and ``sites``.
+out on the last line: ``tokens``, ``sparsity`` over what ran, ``sites``, and of each prompt how
+many tokens were ``cached``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
 
     sizes = {"max_model_len": 256, "max_num_seqs": 4}
     others = [LLM(**sizes, **options) for options in asked.get("before") or []]
-    llm = LLM(**sizes, **asked["options"])
+    llm = LLM(**(sizes | asked["options"]))
     seen: dict[str, list[int]] = {}
     if asked.get("count"):
         llm.apply_model(lambda model: count(model, seen))
@@ -45,6 +46,7 @@ def main() -> None:
     kept, total = (sum(values[i] for values in seen.values()) for i in (0, 1))
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
         "sparsity": 1 - kept / total if total else None,
         "sites": sorted(seen),
     }

@@ -90,6 +90,7 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
     def _clear(self) -> None:
         self.pairs: dict[str, Pair] = {}
         self.config: SparsityConfig | None = None
+        self.source = ""
         self.thresholds: dict[str, SiteThreshold] = {}
         self.expected: list[str] = []  # sites of this pipeline stage
         self.mlps: set[str] = set()  # of vLLM's model, sparse or not
@@ -211,14 +212,14 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
             config = self._read_from(source, None if self.artifact else revision)
             check_config(config, source)
             self._check_model(config, source, now.model_config)
-            self.config = config
+            self.config, self.source = config, shorten(source)
             self.context = now.compilation_config.static_forward_context
             self.expected = [name for name in config.sites if _on_this_stage(name, now)]
             # Which layers are sparse is part of what vLLM compiles, and so of what it keeps
             # compiled graphs by: the directory may be another one by the next start.
             if isinstance(now.additional_config, dict):
                 sites = repr(sorted(config.sites)).encode()
-                now.additional_config["catsparse"] = hashlib.sha256(sites).hexdigest()
+                now.additional_config[f"catsparse {source}"] = hashlib.sha256(sites).hexdigest()
         return self.config
 
     def _read_from(self, source: str, revision: str | None) -> SparsityConfig:
@@ -277,7 +278,8 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
         self.context[pair.name] = LoadedMLP(shard, most_tokens)
         done = [p for p in self.pairs.values() if p.shard is not None]
         if first and len(done) == len(self.pairs) and layer.tp_rank == 0:
-            logger.info("catsparse: %d of %d MLPs run sparse", len(done), len(self.mlps))
+            counts = len(done), len(self.mlps)
+            logger.info("catsparse: %d of %d MLPs run sparse, by %s", *counts, self.source)
             if any(p.adapters for p in done):
                 logger.info(
                     "catsparse: as LoRA adapters may reach them, the MLPs are masked, but all "
