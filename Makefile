@@ -40,7 +40,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@touch $(VLLM_VENV)/.ready
 
 test-vllm: $(VLLM_VENV)/.ready  ## vLLM runs sparse models: an environment of its own, 2 GB
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_*.py
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

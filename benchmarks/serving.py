@@ -131,7 +131,7 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
         gpu_memory_utilization=0.8,
         **options,
     )
-    error = 0.0 if name == "dense" else check()
+    error = 0.0 if name == "dense" else check(llm)
     for batch in batches:
         ids = torch.randint(3, 30_000, (batch, CONTEXT), generator=torch.Generator().manual_seed(1))
         prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
@@ -165,12 +165,12 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
         print("\n" + json.dumps(row), flush=True)
 
 
-def check() -> float:
+def check(llm: Any) -> float:
     """Largest error of a layer's result, over the largest value, against the fp32 reference."""
     from catsparse.kernels import gated_mlp_reference
-    from catsparse.vllm_plugin.layers import SHARDS
+    from catsparse.vllm_plugin.layers import shards_of
 
-    shard = next(iter(SHARDS.values()))
+    shard = next(iter(llm.apply_model(shards_of)[0].values()))
     weights = shard.raw_weights(torch.bfloat16)
     assert weights is not None
     gate, up, down = (w.float() for w in weights)

@@ -7,6 +7,7 @@ these tests need and runs them there; elsewhere they skip.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -50,8 +51,8 @@ FAMILIES = {
 }
 
 
-def random_model(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
+def random_model(family: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -81,18 +82,38 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def run(model: Path, prompts: list[list[int]], count: bool = True, **options: Any) -> Any:
-    """What vllm_run.py found; a process that failed raises what it said."""
-    options = {"model": str(model), "dtype": "float32", "enforce_eager": True} | options
-    if not (model / "tokenizer.json").exists():
-        options["skip_tokenizer_init"] = True
-    asked = {"options": options, "prompts": prompts, "new_tokens": NEW, "count": count}
+def options_of(model: Path) -> dict[str, Any]:
+    options = {"model": str(model), "dtype": "float32", "enforce_eager": True}
+    return options | ({} if (model / "tokenizer.json").exists() else {"skip_tokenizer_init": True})
+
+
+def run(
+    model: Path,
+    prompts: list[list[int]],
+    count: bool = True,
+    more: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """What vllm_run.py found, with its ``log``; a process that failed raises what it said.
+
+    Args:
+        count: whether to count kept neurons.
+        more: what else it is asked.
+        options: of vllm.LLM.
+    """
+    asked = {"options": options_of(model) | options, "prompts": prompts, "new_tokens": NEW}
+    asked |= {"count": count} | (more or {})
     done = subprocess.run(
-        [sys.executable, RUN], input=json.dumps(asked) + "\n", capture_output=True, text=True
+        [sys.executable, RUN],
+        input=json.dumps(asked) + "\n",
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
     )
     found = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
     assert found, (done.stdout + done.stderr)[-4000:]
-    return json.loads(found[-1])
+    return json.loads(found[-1]) | {"log": done.stdout + done.stderr}
 
 
 def own_tokens(folder: Path, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
@@ -141,17 +162,20 @@ def test_a_trained_model_by_a_preview(trained: dict[str, Path], prompt: list[int
     agrees(trained["product"], [prompt])
 
 
-def test_compiled(trained: dict[str, Path]) -> None:
-    """vLLM's torch.compile sees opaque ops; a counter would not be, so nothing is counted."""
-    tokens, _ = own_tokens(trained["energy"], [LONG, SHORT])
-    found = run(trained["energy"], [LONG, SHORT], count=False, enforce_eager=False)
-    assert found["tokens"] == tokens
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path: Path, family: str) -> None:
     catsparse.save(made_sparse(random_model(family)), tmp_path, merge=True)
     agrees(tmp_path, [LONG, SHORT])
+
+
+def test_chunks_and_cached_prefixes(tmp_path: Path) -> None:
+    """Prompts one by one: the first in chunks, the last but for its end from the cache."""
+    catsparse.save(made_sparse(random_model("mistral")), tmp_path, merge=True)
+    tokens, _ = own_tokens(tmp_path, [LONG, SHORT])
+    options = {"max_num_batched_tokens": 24, "block_size": 16, "max_num_seqs": 1}
+    found = run(tmp_path, [LONG, SHORT, LONG], enable_prefix_caching=True, **options)
+    assert found["tokens"] == [*tokens, tokens[0]]
+    assert found["cached"] == [0, 0, 32]
 
 
 def test_second_decision(tmp_path: Path) -> None:
@@ -184,13 +208,6 @@ def test_an_adapter_directory_over_its_base(tmp_path: Path) -> None:
     found = run(base, [LONG, SHORT], quantization="cats", hf_overrides=settings)
     assert found["tokens"] == tokens
     assert found["sparsity"] == pytest.approx(sparsity, abs=0.03)
-
-
-def test_two_ranks(tmp_path: Path) -> None:
-    catsparse.save(made_sparse(random_model("mistral")), tmp_path, merge=True)
-    tokens, _ = own_tokens(tmp_path, [LONG, SHORT])
-    found = run(tmp_path, [LONG, SHORT], count=False, tensor_parallel_size=2)
-    assert found["tokens"] == tokens
 
 
 def test_what_vllm_has_no_place_for_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from catsparse.vllm_plugin.shards import (
     cut,
     find_site,
     make_shard,
+    mask_alone,
     sparse_tokens,
 )
 
@@ -118,6 +119,21 @@ def test_without_foretelling_the_exact_product_decides() -> None:
         found = mlp.mask_and_project(x, gate, up, foretell=False)
         torch.testing.assert_close(found, mlp.down_proj(kept))
         assert not torch.allclose(found, mlp(x), atol=1e-4)
+
+
+def test_masking_alone() -> None:
+    """By the exact product, and nothing is kept that only kernels need."""
+    model = sparse_model(calibration={"preview": 4}, method="product")
+    shard, _, _ = shard_of(model)
+    assert shard.catsparse_preview is not None
+    mask_alone(shard)
+    assert shard.catsparse_preview is None
+    gate, up = torch.randn(5, 48), torch.randn(5, 48)
+    h = torch.nn.functional.silu(gate) * up
+    kept = torch.where(h.abs() > shard.catsparse_threshold, h, shard.catsparse_mean)
+    found = shard.mask_and_project(h, gate, up, foretell=False)
+    torch.testing.assert_close(found, kept)
+    assert not torch.equal(kept, h)
 
 
 def test_many_tokens_from_the_products_alone() -> None:

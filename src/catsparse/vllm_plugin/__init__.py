@@ -1,7 +1,8 @@
 """vLLM runs a sparse model: quantization method ``cats``, an entry point of vLLM's plugins.
 
 vLLM calls :func:`register` in each of its processes if catsparse is installed beside it; nothing
-of vLLM is imported before. ``shards`` is the sparse MLP of one rank, ``layers`` what vLLM calls.
+of vLLM is imported before. ``shards`` is the sparse MLP of one rank, ``layers`` what vLLM calls,
+``ops`` what its compiled graphs hold.
 """
 
 from __future__ import annotations

@@ -112,6 +112,12 @@ def make_shard(
     ).eval()
 
 
+def mask_alone(shard: SparseMLP) -> None:
+    """Make ``mask_and_project`` return what it would multiply by W_down, and let go of all that
+    the kernels would need."""
+    setattr(shard, shard.site_down, nn.Identity())
+
+
 def sparse_tokens(config: SparsityConfig, name: str, shard: SparseMLP) -> int:
     """The most tokens of a step that run the sparse MLP rather than dense products.
 
