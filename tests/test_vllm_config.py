@@ -108,11 +108,16 @@ def test_it_says_how_many_are_sparse(started: Started, caplog: pytest.LogCapture
     assert set(context) == {f"{name}.catsparse" for name in NAMES}
 
 
-@pytest.mark.parametrize("layer", [Linear(torch.zeros(4, 4)), Embedding(4, 4)])
-def test_a_model_of_other_names_is_refused(started: Started, layer: Any) -> None:
-    """Whichever layer is loaded first."""
-    started.add(layer, "transformer.first")
-    started.build("transformer.h.0.ffn")
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (Linear(torch.zeros(4, 4)), "transformer.h.0.ffn.gate_up_proj"),
+        (Embedding(4, 4), "transformer.wte"),
+    ],
+)
+def test_a_model_of_other_names_is_refused(started: Started, layer: Any, name: str) -> None:
+    """Even one without a linear layer that asks for its method."""
+    started.add(layer, name)
     with pytest.raises(CatsparseError, match=r"has no model\.layers\.0\.mlp of a gate_up_proj and"):
         started.load()
 

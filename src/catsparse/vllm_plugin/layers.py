@@ -23,7 +23,6 @@ import vllm.envs as envs
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -170,6 +169,8 @@ class CatsConfig(QuantizationConfig):  # type: ignore[misc]
         lora = get_current_vllm_config().lora_config
         if lora is None:
             return False
+        from vllm.lora.utils import is_in_target_modules  # it imports all of vLLM's layers
+
         # A target may be a full name, which other models may know under another prefix.
         targets = lora.target_modules and [name.rpartition(".")[2] for name in lora.target_modules]
         packed = {**(self.packed_modules_mapping or {}), "gate_up_proj": ["gate_proj", "up_proj"]}
