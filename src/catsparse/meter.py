@@ -152,8 +152,7 @@ class _InputCount:
 class _Count:
     def __init__(self, module: SparseMLP, positions: bool) -> None:
         self.module, self.weights = module, _weight_elements(module)
-        rows: int = getattr(module, module.site_gate).out_features
-        self.width = rows // 2 if module.site_up is None else rows
+        self.width = module.own_neurons
         self.total = 0
         # These stay on the device: reading them is the only sync.
         self.kept: Tensor | int = 0
