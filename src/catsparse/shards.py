@@ -109,11 +109,12 @@ def find_shard(module: nn.Module, site: Site) -> Shard | None:
     if not halves:
         return None
     shard = Shard(down.device_mesh, site.intermediate_size, own)
-    sizes = own, _local(down).shape[1], shard.cut(torch.empty(site.intermediate_size)).shape[0]  # type: ignore[union-attr]
-    if len({*sizes}) != 1:
+    pieces = torch.arange(site.intermediate_size).chunk(shard.ranks)
+    here = pieces[min(shard.rank, len(pieces) - 1)]
+    if len(pieces) < shard.ranks or not len(here) == own == _local(down).shape[1]:
         raise CatsparseError(
-            f"the ranks' neurons of {site.name} are not cut evenly; load the model with tp_plan "
-            "colwise for gate and up and rowwise for down"
+            f"the {site.intermediate_size} neurons of {site.name} are not spread evenly over "
+            f"{shard.ranks} ranks; load the model with another tp_size or tp_plan"
         )
     return shard
 
@@ -184,18 +185,22 @@ def why_no_shard(name: str, child: nn.Module, dtype: torch.dtype | None = None) 
     return why_not_readable(name, child, dtype, spread=True)
 
 
+def sum_counts(statistics: Mapping[str, _Counts], group: Any) -> dict[str, _Counts]:
+    """Statistics by site, of all processes of ``group`` added up; each of them must call it."""
+    sums = {}
+    for name, mine in statistics.items():
+        parts: dict[str, Any] = {}
+        for field in fields(mine):  # type: ignore[arg-type]
+            value = getattr(mine, field.name)
+            if field.name not in mine.of_model:
+                total = _sum(torch.as_tensor(value), group)
+                parts[field.name] = total if isinstance(value, Tensor) else int(total)
+        sums[name] = replace(mine, **parts)  # type: ignore[type-var]
+    return sums
+
+
 def _sum(value: Tensor, group: Any) -> Tensor:
-    total = value.clone()
+    on_gpu = value.is_cuda or torch.distributed.get_backend(group) != "nccl"
+    total = value.clone() if on_gpu else value.to("cuda")  # all that NCCL takes
     torch.distributed.all_reduce(total, group=group)
-    return total
-
-
-def sum_counts(statistics: _Counts, group: Any) -> _Counts:
-    """The statistics of all processes of ``group`` added up; every one of them must call it."""
-    parts: dict[str, Any] = {}
-    for field in fields(statistics):  # type: ignore[arg-type]
-        value = getattr(statistics, field.name)
-        if field.name not in statistics.of_model:
-            total = _sum(torch.as_tensor(value), group)
-            parts[field.name] = total if isinstance(value, Tensor) else int(total)
-    return replace(statistics, **parts)  # type: ignore[type-var]
+    return total.to(value.device)
