@@ -154,6 +154,15 @@ def test_each_process_calibrates_on_its_own_texts(seen: list[dict[str, Any]]) ->
         assert found["others"].endswith("calibrate all of them alike")
 
 
+def test_the_example_prints_equal_tokens() -> None:
+    lines = torchrun(ROOT / "examples" / "tensor_parallel.py").splitlines()
+    said = [line.split(":")[1].split() for line in lines if line.startswith(("one", "rank"))]
+    assert len(said) == 3
+    assert len(said[0]) == 24
+    assert said[0] == said[1] == said[2]
+    assert lines[-1] == "equal tokens"
+
+
 class _Mesh:
     def __init__(self, ndim: int = 1, ranks: int = 2) -> None:
         self.ndim, self.ranks = ndim, ranks
