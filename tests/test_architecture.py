@@ -30,6 +30,7 @@ LAYERS = {
     "inputs": 2,
     "linears": 2,
     "products": 2,
+    "shards": 2,
     "modules": 2,
     "derived": 2,
     "statistics": 2,

@@ -508,14 +508,17 @@ def test_torchao_int8(compensate: bool, op_calls: list[int]) -> None:
 # -- accelerate
 
 
+# A device map without the layers.
+OUTSIDE = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+
+
 def place(kind: str, model: Any, folder: Path) -> Any:
     accelerate = pytest.importorskip("accelerate")
     if kind == "cpu_offload":
         return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     if kind == "disk_offload":
         return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
-    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    where |= {"model.rotary_emb": "cpu"}
+    where = dict(OUTSIDE)
     for layer in (0, 1):
         for child in ("self_attn", "input_layernorm", "post_attention_layernorm"):
             where[f"model.layers.{layer}.{child}"] = "cpu"
@@ -609,14 +612,59 @@ def test_device_map_in_load(calibration: catsparse.Calibration, tmp_path: Path) 
         where = {"": "cpu"} if merge else "auto"
         loaded = catsparse.load(tmp_path / str(merge), device_map=where)
         assert torch.equal(logits(loaded), logits(model))
-        where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-        where |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        where = OUTSIDE | {"model.layers.0": "cpu", "model.layers.1": "disk"}
         loaded = catsparse.load(
             tmp_path / str(merge), device_map=where, offload_folder=tmp_path / "offload"
         )
         assert loaded.model.layers[1].mlp.up_proj.weight.device.type == "meta"
         for n in (SHORT, LONG):
             assert close(logits(loaded, n), logits(model, n))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("asked", [{}, {"method": "energy"}, {"down_sparsity": 0.7}])
+def test_decisions_of_offloaded_weights(asked: dict[str, Any], tmp_path: Path) -> None:
+    """A preview cannot be made of weights that are away: the exact ones decide, at the same
+    thresholds; a second decision stays."""
+    pytest.importorskip("accelerate")
+    base = save_base(tmp_path / "base")
+    model = hub.load_dense_model(str(base))
+    seen: dict[str, Any] = {"products_at": 0.5} if "down_sparsity" in asked else {"preview": 8}
+    found = catsparse.calibrate(model, tokens(8, 32), progress=False, **seen)
+    catsparse.save(catsparse.sparsify(model, found, 0.5, **asked), tmp_path / "sparse")
+    loaded = catsparse.load(
+        tmp_path / "sparse",
+        device_map=OUTSIDE | {"model.layers.0": "cpu", "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    away = loaded.model.layers[1].mlp
+    assert away.up_proj.weight.device.type == "meta"
+    assert "masked children (gate_proj is offloaded)" in catsparse.explain(loaded)
+    here = model.model.layers[1].mlp
+    here._forget()
+    here.catsparse_preview_bits = None
+    here.refresh()
+    for n in (1, SHORT, LONG):
+        assert close(logits(loaded, n), logits(model, n))
+
+
+@pytest.mark.gpu
+def test_device_map_over_gpu_and_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    base = save_base(tmp_path / "base")
+    model = hub.load_dense_model(str(base))
+    found = catsparse.calibrate(model, tokens(8, 32), progress=False)
+    catsparse.save(catsparse.sparsify(model, found, 0.5), tmp_path / "sparse")
+    where = {**dict.fromkeys(OUTSIDE, 0), "model.layers.0": 0, "model.layers.1": "cpu"}
+    loaded = catsparse.load(tmp_path / "sparse", device_map=where)
+    here, away = (layer.mlp.up_proj.weight.device.type for layer in loaded.model.layers)
+    assert (here, away) == ("cuda", "meta")
+    assert "model.layers.1.mlp: sparse" in catsparse.explain(loaded)
+    for n in (1, SHORT, LONG):
+        ids = tokens(1, n, seed=3)
+        with torch.no_grad():
+            assert close(loaded(ids.cuda()).logits.cpu(), model(ids).logits, 1e-3)
+    assert greedy(loaded, tokens(1, SHORT).cuda()).shape == (1, NEW)
 
 
 # -- torch's own ways of handling a module

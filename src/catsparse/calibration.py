@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +34,7 @@ from .inputs import InputSite, inputs_needed, select_parts
 from .methods import SiteThreshold, input_threshold, product_threshold, site_threshold
 from .products import ProductStatistics
 from .sensitivities import Sensitivities, read_sensitivities
+from .shards import sum_counts
 from .sites import Site
 from .statistics import InputStatistics, SiteStatistics
 from .statistics_file import (
@@ -225,6 +227,34 @@ class Calibration:
             sensitivities=None,
             inputs=dict(self.inputs),
             input_statistics=inputs,
+        )
+
+    def sum_over_processes(self, group: Any = None) -> Calibration:
+        """Add up, as ``+`` does, what the processes of ``group`` (None for all) counted, each on
+        its own data with a whole copy of the model. Each must call it, and all get the sum.
+
+        Raises:
+            CatsparseError: they cannot be added; every process raises it.
+        """
+        kind = self.sites, self.inputs, self.preview, self.products_at, [*self.foretold]
+        others: list[Any] = [None] * torch.distributed.get_world_size(group)
+        mine = repr(kind), self.provenance.data, self.provenance.tokens
+        torch.distributed.all_gather_object(others, mine, group=group)
+        if len({seen for seen, _, _ in others}) > 1:
+            raise CatsparseError(
+                "the processes' calibrations are not of the same model, preview and products_at; "
+                "calibrate all of them alike"
+            )
+        data = " + ".join(dict.fromkeys(name for _, name, _ in others))
+        tokens = sum(count for _, _, count in others)
+        return replace(
+            self,
+            statistics=sum_counts(self.statistics, group),
+            provenance=replace(self.provenance, data=data, tokens=tokens),
+            products=sum_counts(self.products, group),
+            foretold=sum_counts(self.foretold, group),
+            sensitivities=None,
+            input_statistics=sum_counts(self.input_statistics, group),
         )
 
     def tensors(self) -> dict[str, Tensor]:

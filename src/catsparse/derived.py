@@ -136,7 +136,7 @@ class Derived(Children):
         """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once."""
         down_t = self._catsparse_down_t  # read once: other threads may be decoding
         if down_t is None:
-            weight: Tensor = getattr(self, self.site_down).weight
+            weight = self.weight_of(self.site_down)
             down_t = self._catsparse_down_t = weight.detach().t().contiguous()
         return down_t
 

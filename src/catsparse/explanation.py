@@ -11,6 +11,7 @@ from .config import PRODUCT, SparsityConfig
 from .kernels import Backend, Choice, Decisions, PreviewKind, choose_backend
 from .linears import SparseLinear, sparse_linears
 from .modules import SparseMLP, sparse_modules
+from .shards import Sharded
 from .sites import describe, find_sites
 
 
@@ -31,6 +32,10 @@ def explain(model: nn.Module) -> str:
             kind += "" if reason is None else f" (not in use: {reason}; the exact {on} decides)"
         if module.catsparse_product_threshold is not None:
             kind += ", second decision"
+        if isinstance(module, Sharded):
+            shard = module.catsparse_shard
+            kind += f", {shard.own} of {shard.neurons} neurons"
+            kind += f" (rank {shard.rank} of {shard.ranks}, which add up)"
         lines.append(f"{name}: sparse, {kind}; decode by {paths[name].words}")
     for name, linear in sparse_linears(model).items():
         threshold = linear.catsparse_threshold

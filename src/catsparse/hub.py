@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import device
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -42,6 +42,7 @@ from .previews_file import PREVIEWS_NAME, StoredPreviews, write_previews
 from .strict_json import first_sentence, shorten
 from .surgery import apply_thresholds, densify, sparse_layers, state_of, state_owner
 from .thresholds_file import read_threshold
+from .weights import is_spread
 
 DEFAULT_MODEL = "default"
 _BUNDLED = Path(__file__).parent / "models" / "default"
@@ -52,7 +53,8 @@ def save(
 ) -> None:
     """Write the sparse model's artifact.
 
-    A PEFT adapter on the model is written beside, as PEFT writes it.
+    A PEFT adapter on the model is written beside, as PEFT writes it. Of a model spread over
+    processes every rank must call it; the first one writes.
 
     Args:
         model: a model made sparse by :func:`catsparse.sparsify` or :func:`load`, or a PEFT model
@@ -66,7 +68,8 @@ def save(
     Raises:
         CatsparseError: the model is dense, has no base to refer to, or holds adapters that with
             ``merge`` would have to be merged before, or of which there are several; there is no
-            preview to store, or no merged directory for it.
+            preview to store, or no merged directory for it; adapters or previews are those of a
+            model spread over processes.
     """
     if store_preview and not merge:
         raise CatsparseError("a preview is stored beside the weights only; save with merge=True")
@@ -100,25 +103,43 @@ def save_files(
             tensors[f"{name}.mean"] = t.mean.contiguous()
         if t.product is not None:
             tensors[f"{name}.product_threshold"] = t.product.contiguous()
+    spread = any(is_spread(parameter) for parameter in model.parameters())
+    if spread and (adapted or store_preview):
+        what = "adapters" if adapted else "previews"
+        raise CatsparseError(
+            f"the {what} of a model spread over processes cannot be written; load it in one to save"
+        )
     target.mkdir(parents=True, exist_ok=True)
-    # Everything is written beside the old files before the first of them is replaced.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
-        staging = Path(name)
-        if merge:
-            write_weights(model, staging, **save_pretrained_kwargs)
-        if store_preview:
-            write_previews(sparse_modules(model), staging / PREVIEWS_NAME)
-        if adapted:
-            assert config.base_model is not None  # else it would have to be merged
-            write_adapter(model, staging, config.base_model.name_or_path)
-        save_file(tensors, staging / CALIBRATION_NAME, metadata)
-        (staging / "README.md").write_text(model_card(config, merge, adapted), encoding="utf-8")
-        (staging / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
-        written = {path.name for path in staging.iterdir()}
-        # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
-        for file in sorted(written, key=_replacing_order):
-            (staging / file).chmod(default_mode())
-            os.replace(staging / file, target / file)
+    try:
+        # Everything is written beside the old files before the first of them is replaced.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+            staging = Path(name)
+            if merge:
+                write_weights(model, staging, **save_pretrained_kwargs)
+            if spread and torch.distributed.get_rank():
+                return  # its files are those of the first rank
+            if store_preview:
+                write_previews(sparse_modules(model), staging / PREVIEWS_NAME)
+            if adapted:
+                assert config.base_model is not None  # else it would have to be merged
+                write_adapter(model, staging, config.base_model.name_or_path)
+            save_file(tensors, staging / CALIBRATION_NAME, metadata)
+            card = model_card(config, merge, adapted)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            (staging / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+            _replace(staging, target, merge)
+    finally:
+        if spread:
+            torch.distributed.barrier()  # whoever reads the files next finds them
+
+
+def _replace(staging: Path, target: Path, merge: bool) -> None:
+    """Move the files of ``staging`` to ``target``, and remove there what they make stale."""
+    written = {path.name for path in staging.iterdir()}
+    # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
+    for file in sorted(written, key=_replacing_order):
+        (staging / file).chmod(default_mode())
+        os.replace(staging / file, target / file)
     old = [target / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREVIEWS_NAME)]
     for stale in [*old, *(target.glob("model*.safetensors*") if merge else [])]:
         if stale.name not in written:
@@ -216,7 +237,7 @@ def load_skeleton(name: str) -> Any:
     try:
         _check_path(name)
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
-        with device("meta"):
+        with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise CatsparseError(

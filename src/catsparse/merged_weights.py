@@ -11,19 +11,21 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import CatsparseError
+from .weights import is_spread
 
 # What config.json says; quantizer.py and vllm_plugin answer to it.
 QUANT_METHOD = "cats"
 
 
 def write_weights(model: Any, folder: Path, **save_pretrained_kwargs: Any) -> None:
-    """``save_pretrained`` with a config.json that says ``quant_method: cats``.
+    """``save_pretrained`` with a config.json that says ``quant_method: cats``. Weights spread over
+    processes are gathered, which every rank must call, and the first one writes.
 
     Raises:
         CatsparseError: the weights are quantized.
     """
     had_config = getattr(model.config, "quantization_config", None)
-    plain = all(type(p) is nn.Parameter for p in model.parameters())
+    plain = all(type(p) is nn.Parameter or is_spread(p) for p in model.parameters())
     if not plain or getattr(had_config, "quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise CatsparseError(
             "the model's weights are quantized, so they cannot be merged; save without merge"

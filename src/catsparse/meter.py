@@ -14,6 +14,7 @@ from .errors import CatsparseError
 from .footprint import bytes_skipped
 from .linears import SparseLinear, sparse_linears
 from .modules import SparseMLP, sparse_modules
+from .shards import Sharded
 
 # By length L of the sequences: (token, neuron) pairs seen at each position, and kept ones [L].
 _Places = dict[int, tuple[int, Tensor]]
@@ -109,6 +110,13 @@ class SparsityMeter:
             return linear.bytes_skipped() if down else 0.0
         return self._counts[name].bytes_skipped(down)
 
+    def sum_over_ranks(self) -> None:
+        """Add up what the ranks of a model spread over processes (tensor parallel) counted, each of
+        its own neurons; every rank must call it, once. Not of token positions."""
+        for count in self._counts.values():
+            if isinstance(count.module, Sharded):
+                count.sum_over(count.module.catsparse_shard.mesh.get_group())
+
     @property
     def positions(self) -> PositionSparsity | None:
         """Sparsity by token position; None if it was not asked for, or no site saw sequences (an
@@ -152,8 +160,7 @@ class _InputCount:
 class _Count:
     def __init__(self, module: SparseMLP, positions: bool) -> None:
         self.module, self.weights = module, _weight_elements(module)
-        rows: int = getattr(module, module.site_gate).out_features
-        self.width = rows // 2 if module.site_up is None else rows
+        self.width = module.own_neurons
         self.total = 0
         # These stay on the device: reading them is the only sync.
         self.kept: Tensor | int = 0
@@ -171,6 +178,13 @@ class _Count:
             self.places[length] = pairs + keep.numel() // length, before + by_place
         self.kept = self.kept + number
         self.kept_down = self.kept_down + (number if kept is keep else kept.sum(dtype=torch.int64))
+
+    def sum_over(self, group: Any) -> None:
+        numbers = self.total, int(self.kept), int(self.kept_down), self.width
+        device = self.module.catsparse_threshold.device
+        sums = torch.tensor(numbers, device=device)
+        torch.distributed.all_reduce(sums, group=group)
+        self.total, self.kept, self.kept_down, self.width = sums.tolist()
 
     @property
     def sparsity(self) -> float:
@@ -195,7 +209,8 @@ class _Count:
 def achieved_sparsity(model: Any, positions: bool = False) -> Iterator[SparsityMeter]:
     """Measure the sparsity of everything the model computes inside the ``with`` block.
 
-    Outside the block nothing is counted and nothing is paid.
+    Outside the block nothing is counted and nothing is paid. Of a model spread over processes each
+    rank counts its own neurons, until all of them call ``meter.sum_over_ranks()``.
 
     Example::
 

@@ -26,6 +26,7 @@ from .kernels import (
     masked_hidden,
     preview_of,
 )
+from .shards import Sharded, find_shard
 from .sites import Site
 from .weights import device_of, may_copy
 
@@ -95,10 +96,11 @@ class SparseMLP(Derived):
         if few and self._op_applies(x):
             weights = self.raw_weights(x.dtype)
             if weights is not None and self._is_ready():
-                return self._decode(x, *weights)
+                return self.forward_few(x, *weights)
         return self._masked(x)
 
-    def _decode(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    def forward_few(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        """The op on raw weights, for at most ``MAX_OP_TOKENS`` tokens."""
         choice, w_down_t = self._catsparse_choice, w_down.t()
         op = gated_mlp_reference
         preview, scale = self.catsparse_preview, self.catsparse_preview_scale
@@ -222,8 +224,9 @@ class SparseMLP(Derived):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         parts = (cls.site_gate, cls.site_up, cls.site_act, cls.site_act_child, cls.site_down)
+        sharded = issubclass(cls, Sharded)
         own = {"_catsparse_key": None, "_catsparse_down_t": None}  # of these very weights
-        return _rebuild, (cls.dense_class, parts), self.__dict__ | own
+        return _rebuild, (cls.dense_class, parts, sharded), self.__dict__ | own
 
 
 def add_sparsity(
@@ -250,8 +253,12 @@ def add_sparsity(
         of_products: whether ``threshold`` is on products, and the preview of w_gate and w_up.
         stored: of w_gate and w_up, a preview that was made of the very same, or None.
     """
-    device = device_of(module)
-    cls = sparse_class(type(module), (site.gate, site.up, site.act, site.act_child, site.down))
+    device, shard = device_of(module), find_shard(module, site)
+    parts = (site.gate, site.up, site.act, site.act_child, site.down)
+    cls = sparse_class(type(module), parts, shard is not None)
+    if shard is not None:  # each rank decides on its own neurons
+        cut = [shard.cut(value) for value in (threshold, mean, product_threshold)]
+        threshold, mean, product_threshold = cut[0], cut[1], cut[2]  # type: ignore[assignment]
     module.__class__ = cls
     assert isinstance(module, SparseMLP)
     for name in _BUFFERS:
@@ -266,7 +273,9 @@ def add_sparsity(
     module.catsparse_backend, module.catsparse_down_copy = Backend.AUTO, True
     module._catsparse_key, module._catsparse_left_out = None, False
     _rebind_hooked_forward(module)
-    if stored is not None:
+    if shard is not None:
+        module.catsparse_shard = shard
+    elif stored is not None:
         module.adopt_preview(stored)
     module.refresh()
     return module
@@ -289,9 +298,10 @@ def remove_sparsity(module: SparseMLP) -> nn.Module:
     return module
 
 
-def sparse_class(dense: type[nn.Module], parts: Parts) -> type[SparseMLP]:
-    """The sparse counterpart of a dense MLP class; one class for equal arguments."""
-    if (dense, parts) not in _CLASSES:
+def sparse_class(dense: type[nn.Module], parts: Parts, sharded: bool = False) -> type[SparseMLP]:
+    """The sparse counterpart of a dense MLP class, whose neurons may be spread over processes; one
+    class for equal arguments."""
+    if (dense, parts, sharded) not in _CLASSES:
         gate, up, act, act_child, down = parts
         members = {
             "site_gate": gate,
@@ -302,11 +312,12 @@ def sparse_class(dense: type[nn.Module], parts: Parts) -> type[SparseMLP]:
             "dense_class": dense,
             "__module__": __name__,
         }
-        _CLASSES[dense, parts] = type(f"Sparse{dense.__name__}", (SparseMLP, dense), members)
-    return _CLASSES[dense, parts]
+        bases = (Sharded, SparseMLP, dense) if sharded else (SparseMLP, dense)
+        _CLASSES[dense, parts, sharded] = type(f"Sparse{dense.__name__}", bases, members)
+    return _CLASSES[dense, parts, sharded]
 
 
-_CLASSES: dict[tuple[type[nn.Module], Parts], type[SparseMLP]] = {}
+_CLASSES: dict[tuple[type[nn.Module], Parts, bool], type[SparseMLP]] = {}
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
@@ -314,8 +325,8 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseMLP]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseMLP)}
 
 
-def _rebuild(dense: type[nn.Module], parts: Parts) -> SparseMLP:
-    cls = sparse_class(dense, parts)
+def _rebuild(dense: type[nn.Module], parts: Parts, sharded: bool = False) -> SparseMLP:
+    cls = sparse_class(dense, parts, sharded)
     return cls.__new__(cls)
 
 

@@ -5,7 +5,6 @@ The model is never edited: hooks come off and training flags return, whatever ha
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -37,9 +36,19 @@ from .files import write_atomic
 from .inputs import InputSite, find_inputs, weight_norm
 from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
+from .shards import shards_of
 from .sites import Site, require_sites
-from .statistics import InputStatistics, SiteStatistics
-from .watching import down_norm, make_previews, watch, watch_inputs
+from .statistics import InputStatistics, Magnitudes, SiteStatistics
+from .watching import (
+    down_norm,
+    make_previews,
+    model_hash,
+    raw_bytes,
+    watch,
+    watch_inputs,
+)
+
+_Counts = TypeVar("_Counts", bound=Magnitudes)
 
 INPUTS = ("mlp", "attention", "all")
 
@@ -65,6 +74,9 @@ def calibrate(
     inputs: str | None = None,
 ) -> Calibration:
     """Run ``model`` over calibration tokens and count its gated MLPs' activations.
+
+    Of a model spread over processes (tensor parallel) every rank must call it with the same data,
+    and gets the statistics of all neurons.
 
     Args:
         model: a causal language model with gated MLPs; left bit-for-bit unchanged.
@@ -93,7 +105,8 @@ def calibrate(
 
     Raises:
         CatsparseError: no gated MLP, no data, activations that are not finite, weights that cannot
-            be read for a preview or products, or data that cannot be read twice for products.
+            be read for a preview or products, data that cannot be read twice for products, or a
+            checkpoint of a model spread over processes.
     """
     check_preview(preview)
     check_choice("method", method, GATE_METHODS)
@@ -153,9 +166,13 @@ class Run:
     ) -> None:
         self.model, self.checkpoint, self.provenance = model, checkpoint, provenance
         self.sites = {site.name: site for site in sites}
-        self.statistics = {
-            s.name: SiteStatistics.empty(s.intermediate_size, _site_device(model, s)) for s in sites
-        }
+        self.shards = shards_of(model, self.sites)  # there, this rank counts its own neurons
+        if checkpoint is not None and self.shards:
+            raise CatsparseError(
+                "the statistics of a model spread over processes are not kept while it runs; leave "
+                "checkpoint out"
+            )
+        self.statistics = {s.name: self._no_statistics(s) for s in sites}
         self.preview = preview
         self.foretold = {s.name: self._no_products(s, "preview") for s in sites if preview}
         self.inputs = {site.name: site for site in inputs}
@@ -170,7 +187,7 @@ class Run:
         self.rows: Tensor | None = None  # which of the batch's tokens count; None for all
         self.batch_tokens = 0
         self.seen = 0  # tokens, over both passes
-        self.hash = _model_hash(model, sites, provenance.dtype, preview, inputs)
+        self.hash = model_hash(model, sites, provenance.dtype, preview, inputs)
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1  # the head is not needed
@@ -182,7 +199,7 @@ class Run:
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         for part in (ids, mask):
-            self.hash.update(b"all" if part is None else _bytes(part))
+            self.hash.update(b"all" if part is None else raw_bytes(part))
         counted = ids.numel() if mask is None else int(mask.sum())
         if self._skipping:
             self._skip(counted)
@@ -201,7 +218,7 @@ class Run:
     def count(
         self, site: Site, gate: Tensor, up: Tensor, hidden: Tensor, foretold_up: Tensor | None
     ) -> None:
-        neurons = site.intermediate_size
+        neurons = self.statistics[site.name].neurons
         g = ACTIVATIONS[site.act](gate).reshape(-1, neurons)
         u, h = up.reshape(-1, neurons), hidden.reshape(-1, neurons)
         foretold = None if foretold_up is None else g * foretold_up.reshape(-1, neurons)
@@ -231,6 +248,11 @@ class Run:
             )
         return values[self.rows.to(values.device)]
 
+    def _no_statistics(self, site: Site) -> SiteStatistics:
+        shard = self.shards.get(site.name)
+        neurons = site.intermediate_size if shard is None else shard.own
+        return SiteStatistics.empty(neurons, _site_device(self.model, site))
+
     def _no_products(self, site: Site, option: str) -> ProductStatistics:
         norm = down_norm(self.model, site, option)
         return ProductStatistics.empty(norm.to(self.statistics[site.name].histogram.device))
@@ -247,15 +269,17 @@ class Run:
         self.hash.update(repr(decision).encode())
         for name, t in result.thresholds(decision.sparsity, decision.method, False).items():
             self.products[name] = self._no_products(self.sites[name], "products_at")
-            self.thresholds[name] = t.threshold.to(self.products[name].histogram.device)
+            threshold = self.shards[name].cut(t.threshold) if name in self.shards else t.threshold
+            assert threshold is not None
+            self.thresholds[name] = threshold.to(self.products[name].histogram.device)
 
     def result(self) -> Calibration:
         """What was counted so far; a site that saw no token (a vision tower's, say) is left out."""
-        counted = {name: s.to("cpu") for name, s in self.statistics.items() if s.tokens}
+        counted = {name: self._whole(name, s) for name, s in self.statistics.items() if s.tokens}
         sites = {name: self.sites[name] for name in counted}
         provenance = replace(self.provenance, tokens=self.first_pass or self.seen)
         products, foretold = (
-            {name: part[name].to("cpu") for name in counted if part}
+            {name: self._whole(name, part[name]) for name in counted if part}
             for part in (self.products, self.foretold)
         )
         decision = self.products_at
@@ -265,6 +289,11 @@ class Run:
             inputs={name: self.inputs[name] for name in seen},
             input_statistics=seen,
         )
+
+    def _whole(self, name: str, statistics: _Counts) -> _Counts:
+        """The statistics of all neurons, on the CPU."""
+        shard = self.shards.get(name)
+        return (statistics if shard is None else shard.whole(statistics)).to("cpu")
 
     def finish(self, keep_checkpoint: bool) -> Calibration:
         if self._skipping:
@@ -353,32 +382,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def _model_hash(
-    model: nn.Module,
-    sites: list[Site],
-    dtype: str,
-    preview: int | None,
-    inputs: list[InputSite],
-) -> Any:
-    """Tells runs apart: sites, inputs, dtype, preview's bits, a little of each site's weights."""
-    kept: tuple[object, ...] = () if preview is None else ("foretold",)  # older ones are without
-    kept += tuple(inputs)
-    digest = hashlib.sha256(repr((sites, dtype, preview, *kept)).encode())
-    for site in sites:
-        weight: Any = getattr(
-            model.get_submodule(site.name).get_submodule(site.gate), "weight", None
-        )
-        readable = weight is not None and type(weight) in (Tensor, nn.Parameter)
-        if readable and weight.device.type != "meta":
-            digest.update(_bytes(weight.detach().flatten()[:64].float()))
-    return digest
-
-
-def _bytes(values: Tensor) -> bytes:
-    array = values.cpu().contiguous().numpy()
-    return repr(array.shape).encode() + array.tobytes()
 
 
 def _dtype_name(model: nn.Module) -> str:

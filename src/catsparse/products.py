@@ -12,7 +12,7 @@ foretells: the score is that one's, the sums are of the exact h, which is what i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -44,6 +44,7 @@ class ProductStatistics(Magnitudes):
     """
 
     layout: ClassVar[Layout] = OCTAVES
+    of_model: ClassVar[frozenset[str]] = frozenset({"down_norm"})
 
     histogram: Tensor
     bucket_count: Tensor
@@ -60,10 +61,6 @@ class ProductStatistics(Magnitudes):
             torch.zeros(BUCKETS, neurons, dtype=torch.float32, device=device),
             down_norm.float(),
         )
-
-    def __add__(self, other: ProductStatistics) -> ProductStatistics:
-        # The norms are the model's, not counts.
-        return replace(super().__add__(other), down_norm=self.down_norm)
 
     @torch.no_grad()
     def update(self, decided: Tensor, h: Tensor, keep: Tensor | None = None) -> None:

@@ -23,6 +23,7 @@ from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import SparseMLP, sparse_modules
 from .observation import Run, evaluating
+from .shards import Sharded
 from .sites import Site
 from .surgery import SparseState, measured, state_of, state_owner, threshold_every_token
 from .watching import make_previews, watch_sparse
@@ -58,6 +59,10 @@ def recalibrate(
     config, owner = state_of(model).config, state_owner(model)
     refuse_inputs(config)
     modules = sparse_modules(owner)
+    if any(isinstance(module, Sharded) for module in modules.values()):
+        raise CatsparseError(
+            "the thresholds of a model spread over processes cannot be set anew; load it in one"
+        )
     sites = sites_of(owner)
     dtype = dtype or str(next(owner.parameters()).dtype).removeprefix("torch.")
     batches, total, provenance = as_batches(data, None, 0, 0, batch_size, seed, data_name, dtype)

@@ -44,10 +44,11 @@ _Own = TypeVar("_Own", bound="Magnitudes")
 class Magnitudes:
     """A histogram of magnitudes and, by neuron and bucket of them, counts and sums of h = g u.
 
-    Base of dataclasses whose fields, numbers and tensors, add up.
+    Base of dataclasses whose fields, numbers and tensors, add up, but for those ``of_model``.
     """
 
     layout: ClassVar[Layout] = HALF_OCTAVES
+    of_model: ClassVar[frozenset[str]] = frozenset()
     histogram: Tensor
     bucket_count: Tensor
     bucket_sum: Tensor
@@ -64,8 +65,9 @@ class Magnitudes:
         self.bucket_count.scatter_add_(0, bucket, ones)
 
     def __add__(self: _Own, other: _Own) -> _Own:
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        return type(self)(*(getattr(self, n) + getattr(other, n) for n in names))
+        names = [f.name for f in fields(self) if f.name not in self.of_model]  # type: ignore[arg-type]
+        sums = {n: getattr(self, n) + getattr(other, n) for n in names}
+        return replace(self, **sums)  # type: ignore[type-var]
 
     def to(self: _Own, device: torch.device | str) -> _Own:
         values: list[Any] = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
@@ -160,6 +162,7 @@ class InputStatistics(Magnitudes):
     """
 
     layout: ClassVar[Layout] = OCTAVES
+    of_model: ClassVar[frozenset[str]] = frozenset({"weight_norm"})
 
     tokens: int
     histogram: Tensor
@@ -178,10 +181,6 @@ class InputStatistics(Magnitudes):
             torch.zeros(BUCKETS, inputs, dtype=torch.float32, device=device),
             weight_norm.float(),
         )
-
-    def __add__(self, other: InputStatistics) -> InputStatistics:
-        # The norms are the model's, not counts.
-        return replace(super().__add__(other), weight_norm=self.weight_norm)
 
     @property
     def neurons(self) -> int:

@@ -32,7 +32,7 @@ from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from .previews_file import StoredPreviews
 from .sites import Site, require_sites
 from .strict_json import shorten
-from .weights import why_no_matrix
+from .weights import is_spread, why_no_matrix
 
 
 def sparsify(
@@ -318,6 +318,12 @@ def _check_input(model: nn.Module, name: str, wanted: InputConfig) -> None:
             reason = why_no_matrix(shorten(linear), layer)
         if layer is not None and reason is None and layer.in_features != wanted.in_features:
             reason = f"it has {layer.in_features} inputs, not {wanted.in_features}"
+        if layer is not None and is_spread(layer.weight):
+            raise CatsparseError(
+                f"the input of {shorten(linear)} cannot be thresholded: its weight is spread over "
+                "processes; load the model in one, or sparsify with scope mlp and a method of the "
+                "gate or of products"
+            )
         if layer is None or reason is not None:
             raise CatsparseError(
                 f"the input of {shorten(linear)} cannot be thresholded ({reason}); use the model "

@@ -5,6 +5,7 @@ Nothing of the model is changed: hooks come off whatever happens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from .errors import CatsparseError
 from .inputs import InputSite
 from .kernels import ACTIVATIONS, dequantize, make_preview
 from .modules import SparseMLP
+from .shards import find_shard, local_weight, why_no_shard
 from .sites import Site
 from .weights import effective_weight, why_no_matrix, why_not_plain_lora, why_not_readable
 
@@ -28,7 +30,8 @@ Previews = dict[str, tuple[Tensor, Tensor]]
 
 
 def make_previews(model: nn.Module, sites: Sequence[Site], bits: int | None) -> Previews:
-    """Each site's preview of products and its scales, packed; nothing if ``bits`` is None.
+    """Each site's preview of products and its scales, packed; nothing if ``bits`` is None. Of a
+    site spread over processes it is of the rank's neurons.
 
     Raises:
         CatsparseError: a gate's or up's weight cannot be read as it is.
@@ -38,36 +41,41 @@ def make_previews(model: nn.Module, sites: Sequence[Site], bits: int | None) -> 
         return previews
     for site in sites:
         module = model.get_submodule(site.name)
-        weights: list[Tensor] = []
+        shard, weights = find_shard(module, site), list[Tensor]()
+        neurons = site.intermediate_size if shard is None else shard.own
         for name in (site.gate, site.up):
             if name is None:
                 continue
             child: Any = module.get_submodule(name)
-            reason = why_not_readable(name, child)
+            reason = (why_not_readable if shard is None else why_no_shard)(name, child)
             if reason is not None and why_not_plain_lora(child) is not None:
                 raise CatsparseError(
                     f"{site.name} can have no preview ({reason}); calibrate without preview"
                 )
-            weights += effective_weight(child).split(site.intermediate_size)
+            weight = effective_weight(child) if shard is None else local_weight(child)
+            weights += weight.detach().split(neurons)
         previews[site.name] = make_preview(weights[0], bits, weights[1])
     return previews
 
 
 @torch.no_grad()
 def down_norm(model: nn.Module, site: Site, option: str) -> Tensor:
-    """``[I]`` fp32: the norm of each neuron's row of W_down, which ``option`` needs.
+    """``[I]`` fp32: the norm of each neuron's row of W_down, which ``option`` needs; of a site
+    spread over processes, of the rank's neurons.
 
     Raises:
         CatsparseError: the weight cannot be read.
     """
     down: Any = model.get_submodule(site.name).get_submodule(site.down)
-    reason = why_no_matrix(site.down, down)
+    shard = find_shard(model.get_submodule(site.name), site)
+    reason = why_no_matrix(site.down, down, spread=shard is not None)
     if reason is not None and why_not_plain_lora(down) is not None:
         raise CatsparseError(
             f"the products of {site.name} cannot be scored ({reason}); calibrate without {option}"
         )
     # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
-    squares = [rows.float().square().sum(0) for rows in effective_weight(down).split(1024)]
+    weight = effective_weight(down) if shard is None else local_weight(down).detach()
+    squares = [rows.float().square().sum(0) for rows in weight.split(1024)]
     return torch.stack(squares).sum(0).sqrt()
 
 
@@ -180,3 +188,30 @@ def watch_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def model_hash(
+    model: nn.Module,
+    sites: list[Site],
+    dtype: str,
+    preview: int | None,
+    inputs: list[InputSite],
+) -> Any:
+    """Tells runs apart: sites, inputs, dtype, preview's bits, a little of each site's weights."""
+    kept: tuple[object, ...] = () if preview is None else ("foretold",)  # older ones are without
+    kept += tuple(inputs)
+    digest = hashlib.sha256(repr((sites, dtype, preview, *kept)).encode())
+    for site in sites:
+        weight: Any = getattr(
+            model.get_submodule(site.name).get_submodule(site.gate), "weight", None
+        )
+        readable = weight is not None and type(weight) in (Tensor, nn.Parameter)
+        if readable and weight.device.type != "meta":
+            digest.update(raw_bytes(weight.detach().flatten()[:64].float()))
+    return digest
+
+
+def raw_bytes(values: Tensor) -> bytes:
+    """Shape and elements of a tensor, to be hashed."""
+    array = values.cpu().contiguous().numpy()
+    return repr(array.shape).encode() + array.tobytes()

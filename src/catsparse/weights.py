@@ -27,15 +27,26 @@ class Children(nn.Module):
         """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
         if self.why_not_raw(dtype) is not None:
             return None
-        return (*self.raw_gate_up(), getattr(self, self.site_down).weight)
+        return (*self.raw_gate_up(), self.weight_of(self.site_down))
 
     def raw_gate_up(self) -> tuple[Tensor, Tensor]:
         """(w_gate, w_up), each ``[I, H]``, which must be readable."""
-        gate: Tensor = getattr(self, self.site_gate).weight
+        gate = self.weight_of(self.site_gate)
         if self.site_up is not None:
-            return gate, getattr(self, self.site_up).weight
+            return gate, self.weight_of(self.site_up)
         half = gate.shape[0] // 2
         return gate[:half], gate[half:]
+
+    def weight_of(self, name: str) -> Tensor:
+        """The weight of a child that :meth:`why_not_child` says can be read."""
+        weight: Tensor = getattr(self, name).weight
+        return weight
+
+    @property
+    def own_neurons(self) -> int:
+        """Neurons that this module decides on."""
+        rows: int = getattr(self, self.site_gate).out_features
+        return rows if self.site_up is not None else rows // 2
 
     @torch.no_grad()
     def effective_gate_up(self) -> tuple[Tensor, Tensor]:
@@ -83,14 +94,18 @@ class Children(nn.Module):
         if (reason := self._why_act_hooked()) is not None:
             return reason
         for name in self._children():
-            reason = why_not_readable(name, getattr(self, name), dtype)
+            reason = self.why_not_child(name, dtype)
             if reason is not None:
                 return reason
         return None
 
+    def why_not_child(self, name: str, dtype: torch.dtype | None = None) -> str | None:
+        """Why a child must be called instead of reading its weight; None if it need not."""
+        return why_not_readable(name, getattr(self, name), dtype)
+
     def make_bias(self, mean: Tensor) -> Tensor:
         """w_down @ mean, fp32 ``[H]``; w_down must be readable, mean is fp32 ``[I]``."""
-        weight: Tensor = getattr(self, self.site_down).weight
+        weight = self.weight_of(self.site_down)
         mean = mean.to(weight.device)
         # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
         return torch.cat([rows.float() @ mean for rows in weight.split(1024)])
@@ -98,7 +113,7 @@ class Children(nn.Module):
     def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
         """What this layer would run if ``asked`` to; its weights must be readable, or sums of such
         ones with adapters."""
-        weight: Tensor = getattr(self, self.site_down).weight
+        weight = self.weight_of(self.site_down)
         columns, neurons = weight.shape
         hidden: int = getattr(self, self.site_gate).weight.shape[1]
         sizes = hidden, neurons, columns
@@ -114,39 +129,42 @@ class Children(nn.Module):
 
     def weights_key(self, gate: bool, up: bool) -> Key:
         """Versions of w_down, and of w_gate and w_up, adapters included, if asked for."""
-        key: list[Version] = [version_of(getattr(self, self.site_down).weight)]
+        key: list[Version] = [version_of(self.weight_of(self.site_down))]
         for name, wanted in ((self.site_gate, gate), (self.site_up, up)):
             if wanted and name is not None:
                 child = getattr(self, name)
-                key.append(version_of(child.weight))
+                key.append(version_of(self.weight_of(name)))
                 for adapter in _adapters(child):
                     key += [version_of(m[adapter].weight) for m in (child.lora_A, child.lora_B)]
         return tuple(key)
 
 
-def why_not_readable(name: str, child: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+def why_not_readable(
+    name: str, child: nn.Module, dtype: torch.dtype | None = None, spread: bool = False
+) -> str | None:
     """Why ``child`` must be called instead of multiplying by its weight; None if it need not.
 
     Args:
         name: of the child, for the reason.
         dtype: of its input; None for its own.
+        spread: whether its weight may be spread over processes, and its forward replaced for that.
     """
-    reason = why_no_matrix(name, child)
+    reason = why_no_matrix(name, child, spread=spread)
     if reason is not None:
         return reason
     if child.bias is not None:
         return f"{name} has a bias"
-    if (reason := _why_hooked(name, child)) is not None:
+    if (reason := _why_hooked(name, child, spread)) is not None:
         return reason
     if dtype is not None and child.weight.dtype != dtype:
         return f"{name} is {child.weight.dtype}, its input {dtype}"
     return None
 
 
-def _why_hooked(name: str, child: nn.Module) -> str | None:
-    if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+def _why_hooked(name: str, child: nn.Module, replaced: bool = False) -> str | None:
+    if not replaced and "forward" in child.__dict__:
         return f"{name} is hooked"
-    return None
+    return f"{name} is hooked" if child._forward_hooks or child._forward_pre_hooks else None
 
 
 def why_not_plain_lora(child: Any) -> str | None:
@@ -180,12 +198,21 @@ def effective_weight(child: Any) -> Tensor:
     return weight
 
 
-def why_no_matrix(name: str, child: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
+def is_spread(weight: object) -> bool:
+    """Whether a weight is spread over processes, a DTensor; nothing is imported to tell."""
+    return type(weight).__name__ == "DTensor"
+
+
+def why_no_matrix(
+    name: str, child: nn.Module, plain: type[nn.Module] = nn.Linear, spread: bool = False
+) -> str | None:
     """Why ``child``, which must be of the class ``plain``, has no weight that is a plain matrix
-    here; None if it has."""
+    here, or with ``spread`` a part of one; None if it has."""
     if type(child) is not plain:
         kind = type(child)  # LoRA's linear is called Linear too: say whose it is
         return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
+    if is_spread(child.weight):
+        return None if spread else f"{name} is spread over processes"
     if type(child.weight) is not nn.Parameter:
         return f"{name} holds {type(child.weight).__name__}"
     return f"{name} is offloaded" if child.weight.device.type == "meta" else None

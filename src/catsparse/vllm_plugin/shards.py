@@ -1,8 +1,6 @@
 """One rank's share of a sparse MLP, on weights that vLLM holds: W_gate over W_up, and W_down.
 
-Neurons are cut evenly over the ranks, in their order. A rank decides on its own neurons alone, so
-thresholds, means and previews are cut as the weights are; the sum over ranks, which vLLM makes,
-adds the outputs and each rank's own part of the compensation's bias.
+Neurons are cut as in :mod:`catsparse.shards`; the sum over ranks is vLLM's.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from ..footprint import bytes_skipped
 from ..kernels import ACTIVATIONS, MAX_OP_TOKENS
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, add_sparsity
+from ..shards import cut
 from ..sites import Site
 from ..strict_json import shorten
 
@@ -66,13 +65,6 @@ def find_site(prefix: str, sites: Iterable[str]) -> str | None:
 
 def _tail(name: str) -> str:
     return name[max(0, name.rfind("layers.")) :]
-
-
-def cut(value: Tensor | None, rank: int, ranks: int) -> Tensor | None:
-    """A rank's part of ``[I]``; what is one number for all neurons stays."""
-    if value is None or value.dim() == 0:
-        return value
-    return value.chunk(ranks)[rank].contiguous()
 
 
 def make_shard(
