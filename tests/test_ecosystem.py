@@ -639,7 +639,10 @@ def test_decisions_of_offloaded_weights(asked: dict[str, Any], tmp_path: Path) -
     )
     away = loaded.model.layers[1].mlp
     assert away.up_proj.weight.device.type == "meta"
-    assert "masked children (gate_proj is offloaded)" in catsparse.explain(loaded)
+    stays, away_line = catsparse.explain(loaded).splitlines()
+    assert "hooked" not in stays  # accelerate's hooks only move inputs there
+    assert "masked children (gate_proj is offloaded)" in away_line
+    assert loaded.model.layers[0].mlp.why_not_raw() is None
     here = model.model.layers[1].mlp
     here._forget()
     here.catsparse_preview_bits = None

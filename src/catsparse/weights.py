@@ -162,9 +162,25 @@ def why_not_readable(
 
 
 def _why_hooked(name: str, child: nn.Module, replaced: bool = False) -> str | None:
-    if not replaced and "forward" in child.__dict__:
+    if child._forward_hooks or child._forward_pre_hooks:
         return f"{name} is hooked"
-    return f"{name} is hooked" if child._forward_hooks or child._forward_pre_hooks else None
+    if not replaced and "forward" in child.__dict__ and not _is_own_forward(child):
+        return f"{name} is hooked"
+    return None
+
+
+def _is_own_forward(child: Any) -> bool:
+    """Whether the forward set on the instance is that of its class, or accelerate's around it where
+    that only moves inputs to the device of a weight that stays there (a device map's)."""
+    forward, hook = child.__dict__["forward"], child.__dict__.get("_hf_hook")
+    if hook is not None:
+        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+            return False
+        if hook.execution_device is None or torch.device(hook.execution_device) != device_of(child):
+            return False
+        forward = child.__dict__.get("_old_forward")
+    own = getattr(forward, "__func__", None) is type(child).forward
+    return own and forward.__self__ is child
 
 
 def why_not_plain_lora(child: Any) -> str | None:
