@@ -487,8 +487,8 @@ def test_a_kernel_that_is_wrong_stops_the_benchmark(
     sparse_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = type(sparse_model.model.layers[0].mlp)
-    right = module._decode
-    monkeypatch.setattr(module, "_decode", lambda self, *a: right(self, *a) * 1.01)
+    right = module.forward_few
+    monkeypatch.setattr(module, "forward_few", lambda self, *a: right(self, *a) * 1.01)
     with pytest.raises(CatsparseError, match="differs from the reference"):
         bench.bench_decode(sparse_model, "tiny", [0.5], PROMPT, 4, rounds=1)
 
