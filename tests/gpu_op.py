@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from catsparse.kernels import ACTIVATIONS, cuda, dequantize, gated_mlp, make_preview
+from catsparse.kernels import (
+    ACTIVATIONS,
+    cuda,
+    dequantize,
+    dequantize_weight,
+    gated_mlp,
+    make_preview,
+    quantize,
+)
 
 # Relative, of the whole output: sums in fp32, the result rounded once.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -38,7 +46,8 @@ def only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case:
-    """Random weights in a fused gate_up and a W_down^T with strided rows; truth in fp64."""
+    """Random weights in a fused gate_up and a W_down^T with strided rows, or packed; truth in
+    fp64."""
 
     def __init__(
         self,
@@ -51,6 +60,7 @@ class Case:
         bits: int = 0,
         second: str = "",
         products: bool = False,
+        packed: str | None = None,
     ) -> None:
         torch.manual_seed(hidden + neurons)
         self.dtype, self.act, self.neurons = dtype, act, neurons
@@ -60,18 +70,24 @@ class Case:
         self.x = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
         self.mean = 0.1 * torch.randn(neurons, device="cuda")
         self.bias = torch.randn(columns, device="cuda")
-        gate, up, _ = (w.double() for w in self.weights)
+        self.exact, self.extra = tuple(w.double() for w in self.weights), {}
+        if packed is not None:
+            pairs = [quantize(w, packed) for w in self.weights]
+            self.weights = tuple(w for w, _ in pairs)
+            names = ("gate_scale", "up_scale", "down_scale")
+            self.extra = dict(zip(names, (scale for _, scale in pairs), strict=True))
+            self.exact = tuple(dequantize_weight(*pair, torch.float64) for pair in pairs)
+        gate, up, _ = self.exact
         self.g = ACTIVATIONS[act](self.x.double() @ gate.T)
         self.h = self.g * (self.x.double() @ up.T)
-        self.decided, self.extra = self.g, {}
+        self.decided = self.g
         if bits:
-            up_too = self.weights[1] if products else None
-            packed, scale = make_preview(self.weights[0], bits, up_too)
-            foretold = self.x.double() @ dequantize(packed, scale, hidden, torch.float64).T
+            preview, scale = make_preview(gate, bits, up if products else None)
+            foretold = self.x.double() @ dequantize(preview, scale, hidden, torch.float64).T
             self.decided = ACTIVATIONS[act](foretold[:, :neurons])
             if products:
                 self.decided = self.decided * foretold[:, neurons:]
-            self.extra = {"preview": packed, "preview_scale": scale}
+            self.extra |= {"preview": preview, "preview_scale": scale}
         self.stays = torch.ones_like(self.h, dtype=torch.bool)
         if second:
             cut = _between(self.h, 0.4)
@@ -112,7 +128,7 @@ class Case:
     def truth(self, threshold: Tensor, compensated: bool) -> Tensor:
         h = self.h - (self.mean.double() if compensated else 0.0)
         kept = (self.decided.abs() > threshold) & self.stays
-        y = torch.where(kept, h, 0.0) @ self.weights[2].double()
+        y = torch.where(kept, h, 0.0) @ self.exact[2]
         return y + (self.bias.double() if compensated else 0.0)
 
     def check(self, backend: str) -> None:
@@ -136,7 +152,7 @@ class Case:
         if not truth.any():
             return INFINITY if y.any() else 0.0
         # Of one neuron with next to no activation little is left to be right about.
-        ordinary = self.h.pow(2).mean().sqrt() * self.weights[2].double().norm(dim=1).mean()
+        ordinary = self.h.pow(2).mean().sqrt() * self.exact[2].norm(dim=1).mean()
         return float((y.double() - truth).norm() / truth.norm().clamp(min=float(ordinary)))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from catsparse.bench import gpu
 from catsparse.kernels import attention, cuda, linear, nvrtc, stream
+from catsparse.kernels.formats import FORMATS
 from catsparse.kernels.preview import PreviewKind
 from catsparse.kernels.sparse_linear_cuda import compile_sparse_linear
 from catsparse.kernels.tiles import find_tiles
@@ -43,14 +44,16 @@ def defines(
     act: str,
     second: bool = False,
     kind: PreviewKind | None = None,
+    weights: str | None = None,
 ) -> tuple[tuple[str, str], ...]:
+    storage = stream.Storage(dtype, weights)
     pieces = -(-hidden * dtype.itemsize // 16)
-    plan = stream.find_plan(hidden * dtype.itemsize, tokens)
+    plan = stream.find_plan(hidden * dtype.itemsize, tokens, weights)
     columns = -(-pieces // plan.threads)
     even = pieces == plan.threads * columns
-    stage = plan.rows * hidden * dtype.itemsize
+    stage = plan.rows * storage.staged_bytes(hidden)
     tiles = None if kind is None else find_tiles(hidden, kind, stage)
-    return cuda._defines(dtype, act, tokens, plan, columns, even, second, tiles)
+    return cuda._defines(storage, act, tokens, plan, columns, even, second, tiles)
 
 
 @pytest.mark.parametrize("hidden", [4096, 576])
@@ -71,6 +74,16 @@ def test_it_compiles_with_a_preview_and_a_second_decision(dtype: torch.dtype, hi
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
+@pytest.mark.parametrize("weights", FORMATS)
+def test_it_compiles_for_packed_weights(weights: str, dtype: torch.dtype) -> None:
+    own, products = PreviewKind(4, products=False), PreviewKind(4, products=True)
+    for tokens, hidden, second, kind in ((1, 4096, False, None), (4, 576, True, products)):
+        kind = own if weights == "int4" else kind
+        constants = defines(tokens, hidden, dtype, "silu", second, kind, weights)
+        assert cuda._compile(constants, "sm_90")
+
+
+@pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("columns", [6144, 24])
 def test_the_sparse_linear_kernel_compiles(dtype: torch.dtype, tokens: int, columns: int) -> None:
@@ -82,11 +95,13 @@ def test_the_sparse_linear_kernel_compiles(dtype: torch.dtype, tokens: int, colu
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_the_linear_kernel_compiles(dtype: torch.dtype, tokens: int) -> None:
-    constants = stream.defines(dtype, tokens, stream.find_plan(8192, tokens), 2, False)
-    sources = (stream.NUMBERS, stream.STREAM, linear.SOURCE)
-    assert b"linear" in nvrtc.compile_source(sources, constants, "sm_90")
+@pytest.mark.parametrize("weights", [None, *FORMATS])
+def test_the_linear_kernel_compiles(weights: str | None, dtype: torch.dtype) -> None:
+    for tokens, hidden in ((1, 4096), (4, 2112)):
+        storage = stream.Storage(dtype, weights)
+        plan = stream.find_plan(hidden * dtype.itemsize, tokens, weights)
+        code = linear.compile_linear(storage, tokens, hidden, plan, "sm_90")
+        assert b"linear" in code
 
 
 @pytest.mark.parametrize("dtype", stream.DTYPES, ids=str)

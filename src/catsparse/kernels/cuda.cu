@@ -2,7 +2,8 @@
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
  * With a preview of w_gate, its rows take the place of w_gate's in the decision, and w_gate's rows of
  * kept neurons are read after it; with one of w_up, too, their product decides. With a second decision, a neuron whose |g u| is at most its
- * product threshold is dropped, too, before its row of w_down_t is asked for.
+ * product threshold is dropped, too, before its row of w_down_t is asked for. Weights in int4 are
+ * their own preview (OWN): what it foretells is the gate itself.
  *
  * A block owns a slice of the neurons. One thread of it, the producer, asks the bulk copy engine
  * for rows: the gate rows, then the up rows of kept neurons, then their rows of w_down_t. They come
@@ -16,18 +17,20 @@
  * start before the one ahead of them has ended (programmatic dependent launch), and wait for its
  * results before they read or write anything; weights excepted, where the caller says `early`.
  *
- * Stands behind numbers.cuh, stream.cuh, sum.cuh and preview.cuh, and needs these constants more:
+ * Stands behind numbers.cuh, weights.cuh, stream.cuh, sum.cuh and preview.cuh, and needs these
+ * constants more:
  *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
  *   CHUNKS   chunks of a decision
  *   SECOND   whether there is a second one
+ *   OWN      whether the preview is w_gate
  */
 
-/* Problem of cuda.py. Strides are in elements, pitch (from row to row of a stage) in bytes. */
+/* Problem of cuda.py. Pitch is from row to row of a stage, in bytes. */
 struct Problem {
-    const weight_t *x, *w_gate, *w_up, *w_down_t;
+    const weight_t *x;
+    Matrix w_gate, w_up, w_down_t;
     const float *threshold, *product_threshold, *mean;
     float *partial; /* [blocks, tokens, columns] */
-    long long gate_stride, up_stride, down_stride;
     Norm norm; /* of x */
     int tokens, hidden, neurons, columns, threshold_stride, product_stride;
     int capacity, pitch, stage, stages; /* pitch and stage in bytes */
@@ -76,6 +79,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     int most = PRODUCTS ? max(p.capacity, 2 * chunk_of(p.capacity, STEP)) : p.capacity;
     float *hidden = dots + most * TOKENS * PITCH; /* [capacity, TOKENS]: g of kept, then h */
     int *list = (int *)(hidden + p.capacity * TOKENS);  /* [capacity]: kept neurons, their tokens */
+#if ROW_SCALES
+    float *scales = (float *)(list + p.capacity); /* [3, capacity]: gate's, up's, down's of kept */
+#endif
+    auto scale_of = [&](int matrix, int place) {
+#if ROW_SCALES
+        return scales[matrix * p.capacity + place];
+#else
+        return 1.0f;
+#endif
+    };
+    auto listed_row = [&](int k) { return list[k] & NEURON; };
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int first = (int)((long long)p.neurons * blockIdx.x / gridDim.x);
@@ -96,59 +110,70 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         if (!p.early) wait_for_previous();
         u64 policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        u32 bytes = p.hidden * SIZE, down_bytes = p.columns * SIZE;
         int kept = 0;
         /* Listed rows of w, as the chunks of a decision come. */
-        auto fill_chunks = [&](int decision, const weight_t *w, long long stride, u32 row_bytes) {
+        auto fill_chunks = [&](int decision, const Matrix &w, int columns) {
             int k = 0;
             for (int c = 0; c < CHUNKS; c++) {
                 barrier_wait(listed[decision] + c, 0);
                 kept = upto[decision][c];
                 /* A stage that the next chunk's neurons will fill up waits for them. */
                 for (; c + 1 < CHUNKS ? k + ROWS <= kept : k < kept; k += ROWS)
-                    ring.fill(min(ROWS, kept - k), row_bytes, policy,
-                              [&](int i) { return w + (list[k + i] & NEURON) * stride; });
+                    ring.fill(min(ROWS, kept - k), w, columns, policy,
+                              [&](int i) { return listed_row(k + i); });
             }
+        };
+        auto fill_listed = [&](const Matrix &w, int columns) {
+            for (int k = 0; k < kept; k += ROWS)
+                ring.fill(min(ROWS, kept - k), w, columns, policy,
+                          [&](int i) { return listed_row(k + i); });
         };
 #if PREVIEW
         for (int k = 0; k < count; k += TILE)
             for (int row = first; row <= first + PRODUCTS * p.neurons; row += p.neurons)
                 for (int i = k; i < k + TILE; i += STAGE_ROWS)
                     p.preview.fill(ring, row + i, max(0, min(STAGE_ROWS, count - i)), policy);
-        fill_chunks(0, p.w_gate, p.gate_stride, bytes);
-        for (int k = 0; k < kept; k += ROWS)
-            ring.fill(min(ROWS, kept - k), bytes, policy,
-                      [&](int i) { return p.w_up + (list[k + i] & NEURON) * p.up_stride; });
 #else
         for (int k = 0; k < count; k += ROWS)
-            ring.fill_run(min(ROWS, count - k), bytes, policy,
-                          p.w_gate + (first + k) * p.gate_stride, p.gate_stride);
-        fill_chunks(0, p.w_up, p.up_stride, bytes);
+            ring.fill_run(min(ROWS, count - k), p.w_gate, p.hidden, policy, first + k);
+#endif
+#if PREVIEW && !OWN
+        fill_chunks(0, p.w_gate, p.hidden);
+        fill_listed(p.w_up, p.hidden);
+#else
+        fill_chunks(0, p.w_up, p.hidden);
 #endif
         /* Once decided on anew, the list holds the first chunks' neurons alone: every row of up
          * has been asked for by then. */
         if (SECOND)
-            fill_chunks(1, p.w_down_t, p.down_stride, down_bytes);
+            fill_chunks(1, p.w_down_t, p.columns);
         else
-            for (int k = 0; k < kept; k += ROWS)
-                ring.fill(min(ROWS, kept - k), down_bytes, policy, [&](int i) {
-                    return p.w_down_t + (list[k + i] & NEURON) * p.down_stride;
-                });
+            fill_listed(p.w_down_t, p.columns);
         return;
     }
 
     /* ---- the consumers ---- */
     wait_for_previous();
-    float bounds[CHUNKS];
+    float bounds[CHUNKS], own_scales[CHUNKS][3]; /* of this thread's neurons */
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         int k = c * chunk + tid;
         bool live = tid < chunk && k < count;
         bounds[c] = live ? p.threshold[(first + k) * (long long)p.threshold_stride] : 0.0f;
+#if ROW_SCALES
+        own_scales[c][0] = live ? p.w_gate.row_scale(first + k) : 0.0f;
+        own_scales[c][1] = live ? p.w_up.row_scale(first + k) : 0.0f;
+        own_scales[c][2] = live ? p.w_down_t.row_scale(first + k) : 0.0f;
+#else
+        own_scales[c][0] = 1.0f;
+#endif
     }
     float xs[TOKENS][COLUMNS * VEC];
-    load_x(p.x, p.tokens, p.hidden, p.norm, xs);
-#if PREVIEW
+    load_x<PREVIEW != 0>(p.x, p.tokens, p.hidden, p.norm, xs);
+    Factor factors[TOKENS][COLUMNS];
+#if !PREVIEW
+    to_factors(xs, factors);
+#else
     to_digits(xs, (signed char *)x_row, units);
     consumers_sync();
     Fragments fragments;
@@ -191,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                                    up_dots);
         }
 #else
-        dot_rows(ring, from, to, p.hidden, xs, dots);
+        dot_rows(ring, from, to, p.hidden, factors, dots, [&](int k) { return first + k; });
 #endif
         consumers_sync();
         /* Decide, a thread a neuron, and list the kept ones in order. */
@@ -204,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             g[t] = live ? activate(dot_of(dots, tid, t)) : 0.0f;
             if (PRODUCTS && live) g[t] *= dot_of(up_dots, tid, t);
 #else
-            g[t] = live ? activate(dot_of(dots, k, t)) : 0.0f;
+            g[t] = live ? activate(dot_of(dots, k, t) * own_scales[c][0]) : 0.0f;
 #endif
             bool keep = live && t < p.tokens && fabsf(g[t]) > bounds[c];
             entry |= keep << (TOKEN_BIT + t);
@@ -215,6 +240,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             list[place] = entry;
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = g[t];
+#if ROW_SCALES
+#pragma unroll
+            for (int m = 0; m < 3; m++) scales[m * p.capacity + place] = own_scales[c][m];
+#endif
         }
         if (tid == 0) upto[0][c] = kept;
         barrier_arrive(listed[0] + c);
@@ -228,17 +257,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         for (int c = 0; c < COLUMNS; c++) {
             int at = (tid + c * THREADS) * VEC;
             uint4 piece = {0, 0, 0, 0};
-            if (at < p.hidden) piece = *(const uint4 *)(x_row + t * INPUTS + at);
+            if (at < p.hidden) piece = load_columns(x_row + t * INPUTS, at / VEC);
             float v[VEC];
             unpack(piece, v);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) xs[t][c * VEC + e] = v[e];
+            factors[t][c].set(v);
         }
-    dot_rows(ring, 0, kept, p.hidden, xs, dots);
+#endif
+#if PREVIEW && !OWN
+    dot_rows(ring, 0, kept, p.hidden, factors, dots, listed_row);
     consumers_sync();
     for (int i = tid; i < kept * TOKENS; i += THREADS) {
-        bool keep = list[i / TOKENS] >> (TOKEN_BIT + i % TOKENS) & 1;
-        hidden[i] = keep ? activate(dot_of(dots, i / TOKENS, i % TOKENS)) : 0.0f;
+        int k = i / TOKENS, t = i % TOKENS;
+        bool keep = list[k] >> (TOKEN_BIT + t) & 1;
+        hidden[i] = keep ? activate(dot_of(dots, k, t) * scale_of(0, k)) : 0.0f;
     }
     consumers_sync();
 #endif
@@ -249,14 +280,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         int from = min(found, c * chunk), to = min(found, from + chunk), k = from + tid;
-        dot_rows(ring, from, to, p.hidden, xs, dots);
+        dot_rows(ring, from, to, p.hidden, factors, dots, listed_row);
         consumers_sync();
         int entry = k < to ? list[k] : 0, neuron = entry & NEURON, now = neuron;
         float limit = k < to ? p.product_threshold[neuron * (long long)p.product_stride] : 0.0f;
+        float up_scale = k < to ? scale_of(1, k) : 0.0f, down_scale = k < to ? scale_of(2, k) : 0.0f;
         float h[TOKENS];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            h[t] = k < to ? hidden[k * TOKENS + t] * dot_of(dots, k, t) : 0.0f;
+            h[t] = k < to ? hidden[k * TOKENS + t] * (dot_of(dots, k, t) * up_scale) : 0.0f;
             bool keep = entry >> (TOKEN_BIT + t) & 1 && fabsf(h[t]) > limit;
             now |= keep << (TOKEN_BIT + t);
             h[t] = !keep ? 0.0f : p.mean ? h[t] - p.mean[neuron] : h[t];
@@ -265,19 +297,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         if (now > NEURON) {
             list[place] = now;
 #pragma unroll
-            for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = h[t];
+            for (int t = 0; t < TOKENS; t++) hidden[place * TOKENS + t] = h[t] * down_scale;
         }
         if (tid == 0) upto[1][c] = kept;
         barrier_arrive(listed[1] + c);
     }
 #else
-    dot_rows(ring, 0, kept, p.hidden, xs, dots);
+    dot_rows(ring, 0, kept, p.hidden, factors, dots, listed_row);
     consumers_sync();
     for (int i = tid; i < kept * TOKENS; i += THREADS) {
         int k = i / TOKENS, t = i % TOKENS, entry = list[k];
-        float h = hidden[i] * dot_of(dots, k, t);
+        float h = hidden[i] * (dot_of(dots, k, t) * scale_of(1, k));
         if (p.mean && entry >> (TOKEN_BIT + t) & 1) h -= p.mean[entry & NEURON];
-        hidden[i] = h;
+        hidden[i] = h * scale_of(2, k);
     }
 #endif
     consumers_sync();

@@ -20,18 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Call, belong_together
+from .formats import dequantize_weight
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
 from .preview import GROUP, PreviewKind, dequantize, groups_of, preview_kind
-from .reference import ACTIVATIONS, gated_mlp_reference, keep_mask
+from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, keep_mask
 from .stream import (
     DTYPES,
     MOST_PIECES,
     NUMBERS,
     PIECE,
     STREAM,
+    WEIGHTS,
+    MatrixArgument,
     Norm,
     NormArgument,
     Plan,
+    Storage,
     arch,
     defines,
     find_plan,
@@ -57,10 +61,10 @@ class _Problem(ctypes.Structure):
     """``Problem`` of cuda.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down_t")),
+        ("x", ctypes.c_void_p),
+        *((name, MatrixArgument) for name in ("w_gate", "w_up", "w_down_t")),
         *((name, ctypes.c_void_p) for name in ("threshold", "product_threshold", "mean")),
         ("partial", ctypes.c_void_p),
-        *((name, ctypes.c_longlong) for name in ("gate_stride", "up_stride", "down_stride")),
         ("norm", NormArgument),
         *((name, ctypes.c_int) for name in ("tokens", "hidden", "neurons", "columns")),
         *((name, ctypes.c_int) for name in ("threshold_stride", "product_stride")),
@@ -101,18 +105,19 @@ def why_not_cuda(device: torch.device) -> str | None:
 def _why_not_compiled(target: str) -> str | None:
     """Whether this NVRTC knows the GPU at all: found out here, not in the middle of a call."""
     try:
-        _compile(_defines(torch.bfloat16, "silu", 1, Plan(32, 1, 1), 1, True, False), target)
+        plan, storage = Plan(32, 1, 1), Storage(torch.bfloat16)
+        _compile(_defines(storage, "silu", 1, plan, 1, True, False), target)
     except RuntimeError as error:
         return f"cuda.cu does not compile for {target}: {str(error).splitlines()[0]}"
     return None
 
 
 def _compile(constants: tuple[tuple[str, str], ...], target: str) -> bytes:
-    return compile_source((NUMBERS, STREAM, SUM, PREVIEW, SOURCE), constants, target)
+    return compile_source((NUMBERS, WEIGHTS, STREAM, SUM, PREVIEW, SOURCE), constants, target)
 
 
 def _defines(
-    dtype: torch.dtype,
+    storage: Storage,
     act: str,
     tokens: int,
     plan: Plan,
@@ -123,16 +128,21 @@ def _defines(
 ) -> tuple[tuple[str, str], ...]:
     """The constants of cuda.cu and preview.cuh."""
     own = {"ACT": _ACTIVATION_NUMBERS[act], "CHUNKS": plan.chunks, "SECOND": int(second)}
-    own |= {"PREVIEW": 0, "PRODUCTS": 0}
+    own |= {"PREVIEW": 0, "PRODUCTS": 0, "OWN": int(storage.weights == "int4")}
     if tiles is not None:
         own |= {"PREVIEW": tiles.kind.bits, "PRODUCTS": int(tiles.kind.products)}
         own |= {"ROW_GROUPS": tiles.groups, "SPLITS": tiles.splits}
-    return defines(dtype, tokens, plan, columns, even, **own)
+    return defines(storage, tokens, plan, columns, even, **own)
 
 
-def auto_tokens(dtype: torch.dtype, row_bytes: int) -> int:
-    """Calls of up to so many tokens run cuda.cu by themselves, longer ones dense matmuls."""
+def auto_tokens(dtype: torch.dtype, row_bytes: int, weights: str | None = None) -> int:
+    """Calls of up to so many tokens run cuda.cu by themselves, longer ones dense matmuls.
+
+    Those need packed weights in ``dtype``: five bytes written and read for each of int8.
+    """
     group = group_size(row_bytes)
+    if weights is not None:
+        return MAX_OP_TOKENS
     return AUTO_TOKENS[dtype] if group == 4 else group
 
 
@@ -142,14 +152,14 @@ def gated_mlp_cuda(call: Call, backend: str = "auto") -> Tensor:
     Backend ``auto`` runs dense matmuls above :func:`auto_tokens`; ``cuda`` and ``triton`` run
     their kernel for any number, in groups of four or fewer, each with its own union of masks.
     """
-    x, w_gate, _, w_down_t = call[:4]
+    x = call.x
     run: Callable[[Call], Tensor]
     if backend != "triton" and why_not_cuda(x.device) is None and _fits(call):
-        few = auto_tokens(x.dtype, _row_bytes(w_gate, w_down_t))
+        few = auto_tokens(x.dtype, _row_bytes(call), call.weights)
         many = x.numel() > few * x.shape[-1]
         if backend == "auto" and many and why_not_triton(x.device) is None:
             return _masked_matmuls(call)
-        group, run = group_size(_row_bytes(w_gate, w_down_t)), launch
+        group, run = group_size(_row_bytes(call)), launch
     elif why_not_triton(x.device) is None and fits_triton(call):
         group, run = TRITON_TOKENS, gated_mlp_triton
     else:
@@ -159,7 +169,7 @@ def gated_mlp_cuda(call: Call, backend: str = "auto") -> Tensor:
         y = run(call._replace(x=rows))
     else:
         y = torch.cat([run(call._replace(x=part)) for part in rows.split(group)])
-    return y.view(*x.shape[:-1], w_down_t.shape[1])
+    return y.view(*x.shape[:-1], call.columns)
 
 
 def launch(
@@ -180,25 +190,27 @@ def launch(
     call = call.made_contiguous()
     x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call[:11]
     tokens, hidden = x.shape
-    neurons, columns = w_down_t.shape
+    neurons, columns = w_down_t.shape[0], call.columns
     x = _aligned(x)
     most = template(tokens)
-    plan = plan or find_plan(_row_bytes(w_gate, w_down_t), most)
+    storage = Storage(x.dtype, call.weights)
+    plan = plan or find_plan(_row_bytes(call), most, call.weights)
+    if storage.weights == "int4":
+        preview, scale = w_gate, call.gate_scale
     kind = None if preview is None else preview_kind(preview, neurons, hidden)
     second = product is not None
-    built = _build(x.device, x.dtype, act, most, hidden, neurons, columns, plan, second, kind)
+    built = _build(x.device, storage, act, most, hidden, neurons, columns, plan, second, kind)
     partial = torch.empty(built.blocks, tokens * columns, dtype=torch.float32, device=x.device)
     y = x.new_empty(tokens, columns) if out is None else out
     problem: ctypes.Structure = _Problem(
         x.data_ptr(),
-        w_gate.data_ptr(),
-        w_up.data_ptr(),
-        w_down_t.data_ptr(),
+        MatrixArgument.of(w_gate, call.gate_scale),
+        MatrixArgument.of(w_up, call.up_scale),
+        MatrixArgument.of(w_down_t, call.down_scale),
         threshold.data_ptr(),
         None if product is None else product.data_ptr(),
         None if mean is None else mean.data_ptr(),
         partial.data_ptr(),
-        *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
         NormArgument.of(norm),
         tokens,
         hidden,
@@ -226,17 +238,20 @@ def _masked_matmuls(call: Call) -> Tensor:
     """Dense matmuls, with the mask between them, in one pass where it is plain; reads everything.
 
     The gate stays in fp32, as rounded to bf16 it would be decided otherwise than by the kernel.
+    Packed weights are made floats one matrix at a time.
     """
     x, w_gate, w_up, w_down_t, threshold, act, mean, bias, product, preview, scale = call[:11]
     rows = x.reshape(-1, x.shape[-1])
-    gate = torch.mm(rows, w_gate.t(), out_dtype=torch.float32)
-    u = F.linear(rows, w_up)
+    gate_floats = dequantize_weight(w_gate, call.gate_scale, x.dtype)
+    gate = torch.mm(rows, gate_floats.t(), out_dtype=torch.float32)
+    del gate_floats
+    u = F.linear(rows, dequantize_weight(w_up, call.up_scale, x.dtype))
     if product is None and preview is None:
         h = mask_triton(gate, u, threshold, act, mean)
     else:
         g = decided = ACTIVATIONS[act](gate)
         if preview is not None and scale is not None:
-            copy = dequantize(preview, scale, w_gate.shape[1], x.dtype)
+            copy = dequantize(preview, scale, x.shape[-1], x.dtype)
             decided = torch.mm(rows, copy.t(), out_dtype=torch.float32)
             foretold = decided.split(w_gate.shape[0], dim=-1)
             decided = ACTIVATIONS[act](foretold[0])
@@ -245,12 +260,14 @@ def _masked_matmuls(call: Call) -> Tensor:
         h = g * u.float()
         keep = keep_mask(decided, h, threshold, product)
         h = torch.where(keep, h if mean is None else h - mean, 0.0).to(x.dtype)
+    w_down_t = dequantize_weight(w_down_t, call.down_scale, x.dtype)
     y = F.linear(h, w_down_t.t(), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _row_bytes(w_gate: Tensor, w_down_t: Tensor) -> int:
-    return max(w_gate.shape[1], w_down_t.shape[1]) * w_gate.element_size()
+def _row_bytes(call: Call) -> int:
+    """Of x's rows or the output's."""
+    return max(call.x.shape[-1], call.columns) * call.x.element_size()
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -261,7 +278,7 @@ def _aligned(x: Tensor) -> Tensor:
 @functools.cache
 def _build(
     device: torch.device,
-    dtype: torch.dtype,
+    storage: Storage,
     act: str,
     tokens: int,
     hidden: int,
@@ -275,38 +292,43 @@ def _build(
     limit = shared_bytes(device)
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
-    row = max(hidden, columns) * dtype.itemsize
-    lists = _list_bytes(capacity, tokens, plan, kind) + _x_bytes(dtype, hidden, tokens, kind)
+    widest = max(hidden, columns)
+    row, x_row = storage.staged_bytes(widest), widest * storage.dtype.itemsize
+    lists = _list_bytes(capacity, tokens, plan, kind, storage)
+    lists += _x_bytes(storage.dtype, hidden, tokens, kind)
     rows = plan.rows
     while rows > 1 and not find_ring(limit - lists - LEFT, rows, row, hidden, kind).holds(4):
         rows //= 2
     ring = find_ring(limit - lists - LEFT, rows, row, hidden, kind)
     tiles, stage, stages = ring.tiles, ring.stage, ring.stages
     chunks = _chunks(capacity, plan, rows if tiles is None else TILE)
-    each = -(-row // (PIECE * plan.threads))
-    even = hidden == columns and row == plan.threads * each * PIECE
+    each = -(-x_row // (PIECE * plan.threads))
+    even = hidden == columns and x_row == plan.threads * each * PIECE
     cut = Plan(plan.threads, rows, chunks)
-    code = _compile(_defines(dtype, act, tokens, cut, each, even, second, tiles), arch(device))
+    code = _compile(_defines(storage, act, tokens, cut, each, even, second, tiles), arch(device))
     module = load_module(code, device)
     return _Built(
         find_kernel(module, "gated_mlp", plan.threads + 32, stages * stage + lists),
         find_sum(module),
         blocks,
         capacity,
-        row,
+        storage.row_bytes(widest),
         stage,
         stages,
     )
 
 
-def _list_bytes(capacity: int, tokens: int, plan: Plan, kind: PreviewKind | None) -> int:
-    """Partial dots, hidden activations and the list of kept neurons: see cuda.cu."""
+def _list_bytes(
+    capacity: int, tokens: int, plan: Plan, kind: PreviewKind | None, storage: Storage
+) -> int:
+    """Partial dots, hidden activations, the list of kept neurons and their scales: see cuda.cu."""
     dots = capacity
     if kind is not None and kind.products:
         chunk = -(-capacity // _chunks(capacity, plan, TILE))
         chunk = -(-chunk // TILE) * TILE
         dots = max(capacity, 2 * chunk)
-    return 4 * (dots * tokens * (plan.threads // 32 | 1) + capacity * (tokens + 1))
+    scales = 3 if storage.weights in ("int8", "fp8") else 0
+    return 4 * (dots * tokens * (plan.threads // 32 | 1) + capacity * (tokens + 1 + scales))
 
 
 def _chunks(capacity: int, plan: Plan, step: int) -> int:
@@ -322,20 +344,22 @@ def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | N
 def _fits(call: Call) -> bool:
     """Whether cuda.cu takes the call, and every pointer it gets covers what it reads."""
     x, w_gate, w_up, w_down_t = call[:4]
-    previews = [t for t in (call.preview, call.preview_scale) if t is not None]
+    neurons, hidden, preview = w_gate.shape[0], x.shape[-1], call.preview
+    previews = [t for t in (preview, call.preview_scale) if t is not None]
     return (
         belong_together(call)
-        and call.weights is None
+        and (call.weights != "int4" or preview is None)
         and x.dtype in DTYPES
-        and w_gate.shape[0] < MOST_NEURONS
+        and neurons < MOST_NEURONS
         and all(whole_pieces(w) for w in (w_gate, w_up, w_down_t, *previews))
         and why_not_sizes(
             x.device,
             x.dtype,
-            w_gate.shape[1],
-            w_gate.shape[0],
-            w_down_t.shape[1],
-            None if call.preview is None else preview_kind(call.preview, *w_gate.shape),
+            hidden,
+            neurons,
+            call.columns,
+            None if preview is None else preview_kind(preview, neurons, hidden),
+            call.weights,
         )
         is None
     )
@@ -349,19 +373,23 @@ def why_not_sizes(
     neurons: int,
     columns: int,
     kind: PreviewKind | None = None,
+    weights: str | None = None,
 ) -> str | None:
-    """Why cuda.cu does not take weights of these sizes, and a preview of that kind, on ``device``;
-    None if it does."""
-    row = max(hidden, columns) * dtype.itemsize
-    if hidden * dtype.itemsize % PIECE or columns * dtype.itemsize % PIECE:
+    """Why cuda.cu does not take weights of these sizes, in ``dtype`` or the format ``weights``, and
+    a preview of that kind, on ``device``; None if it does."""
+    storage, widest = Storage(dtype, weights), max(hidden, columns)
+    row, x_row = storage.staged_bytes(widest), widest * dtype.itemsize
+    if any(storage.row_bytes(size) % PIECE for size in (hidden, columns)):
         return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
+    if weights == "int4":
+        kind = PreviewKind(4, False)
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
-    tokens = group_size(row)
-    lists = _list_bytes(capacity, tokens, find_plan(row, tokens), kind)
+    tokens = group_size(x_row)
+    lists = _list_bytes(capacity, tokens, find_plan(x_row, tokens, weights), kind, storage)
     lists += _x_bytes(dtype, hidden, tokens, kind)
     ring = find_ring(shared_bytes(device) - lists - LEFT, 1, row, hidden, kind)
-    if row > MOST_PIECES * PIECE or not ring.holds(2):
+    if x_row > MOST_PIECES * PIECE or not ring.holds(2):
         of = "" if kind is None else f"{kind.bits}-bit previews of "
         return f"{of}{neurons} neurons of {max(hidden, columns)} do not fit in shared memory"
     return None

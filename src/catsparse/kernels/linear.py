@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .formats import columns_of, format_of
 from .nvrtc import Kernel, compile_source, find_kernel, load_module
 from .stream import (
     DTYPES,
@@ -21,9 +22,12 @@ from .stream import (
     NUMBERS,
     PIECE,
     STREAM,
+    WEIGHTS,
+    MatrixArgument,
     Norm,
     NormArgument,
     Plan,
+    Storage,
     arch,
     defines,
     find_plan,
@@ -45,15 +49,14 @@ class _Linear(ctypes.Structure):
 
     _fields_ = [
         ("x", ctypes.c_void_p),
-        ("w", ctypes.c_void_p * PARTS),
+        ("w", MatrixArgument * PARTS),
         ("bias", ctypes.c_void_p * PARTS),
         ("residual", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("stride", ctypes.c_longlong * PARTS),
         ("rows", ctypes.c_int * PARTS),
         ("norm", NormArgument),
         *((name, ctypes.c_int) for name in ("tokens", "hidden", "total")),
-        *((name, ctypes.c_int) for name in ("capacity", "pitch", "stages")),
+        *((name, ctypes.c_int) for name in ("capacity", "pitch", "stage", "stages")),
     ]
 
 
@@ -62,22 +65,28 @@ class _Built:
     kernel: Kernel
     blocks: int
     capacity: int
+    stage: int
     stages: int
 
 
-def why_not_linear(weights: Sequence[Tensor]) -> str | None:
-    """Why linear.cu does not take these matrices, one below the other; None if it does."""
+def why_not_linear(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> str | None:
+    """Why linear.cu does not take these matrices, one below the other, with x in ``dtype`` (None
+    for theirs); None if it does. They are all in ``dtype``, or in one format of
+    :mod:`catsparse.kernels.formats`."""
     first = weights[0]
+    dtype = dtype or first.dtype
     if len(weights) > PARTS or any(w.dtype != first.dtype for w in weights):
         return f"{len(weights)} matrices of different dtypes, or more than {PARTS}"
-    if first.dtype not in DTYPES:
+    storage = Storage(dtype, format_of(first))
+    if dtype not in DTYPES or (storage.weights is None and first.dtype != dtype):
         return f"no kernel for {str(first.dtype).removeprefix('torch.')}"
-    if any(w.shape[1] != first.shape[1] or not whole_pieces(w) for w in weights):
-        return f"rows of {first.shape[1]} elements are not whole 16-byte pieces"
-    row = first.shape[1] * first.element_size()
+    hidden = columns_of(first)
+    if any(columns_of(w) != hidden or not whole_pieces(w) for w in weights):
+        return f"rows of {hidden} elements are not whole 16-byte pieces"
     total = sum(w.shape[0] for w in weights)
-    if row > MOST_PIECES * PIECE or _layout(first.device, row, total, 1)[2] < 2:
-        return f"{total} rows of {first.shape[1]} do not fit in shared memory"
+    most = hidden * dtype.itemsize > MOST_PIECES * PIECE
+    if most or _layout(first.device, storage, hidden, total, 1)[2] < 2:
+        return f"{total} rows of {hidden} do not fit in shared memory"
     return None
 
 
@@ -88,36 +97,39 @@ def linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    scales: Sequence[Tensor | None] = (None,) * PARTS,
 ) -> Tensor:
     """The product, which reads weights before the kernel ahead of it has ended.
 
     Args:
         x: ``[T, H]`` contiguous, T at most :func:`catsparse.kernels.stream.group_size`.
-        weights: ``[N_i, H]`` each, x's dtype; see :func:`why_not_linear`.
+        weights: ``[N_i, H]`` each, x's dtype or packed; see :func:`why_not_linear`.
         biases: ``[N_i]`` each, or None.
         residual: ``[T, N]``, added to the rounded product; may be ``out``.
         out: ``[T, N]``, contiguous.
+        scales: of packed weights.
     """
     tokens, hidden = x.shape
     rows = [w.shape[0] for w in weights]
     total = sum(rows)
     y = x.new_empty(tokens, total) if out is None else out
-    built = _build(x.device, x.dtype, template(tokens), hidden, total)
+    storage = Storage(x.dtype, format_of(weights[0]))
+    built = _build(x.device, storage, template(tokens), hidden, total)
     missing = PARTS - len(weights)
     argument = _Linear(
         x.data_ptr(),
-        (ctypes.c_void_p * PARTS)(*(w.data_ptr() for w in weights)),
+        (MatrixArgument * PARTS)(*map(MatrixArgument.of, weights, scales)),
         (ctypes.c_void_p * PARTS)(*(None if b is None else b.data_ptr() for b in biases)),
         None if residual is None else residual.data_ptr(),
         y.data_ptr(),
-        (ctypes.c_longlong * PARTS)(*(w.stride(0) for w in weights)),
         (ctypes.c_int * PARTS)(*rows, *[0] * missing),
         NormArgument.of(norm),
         tokens,
         hidden,
         total,
         built.capacity,
-        hidden * x.element_size(),
+        storage.row_bytes(hidden),
+        built.stage,
         built.stages,
     )
     with torch.cuda.device(x.device):
@@ -128,24 +140,31 @@ def linear(
 
 @functools.cache
 def _build(
-    device: torch.device, dtype: torch.dtype, tokens: int, hidden: int, total: int
+    device: torch.device, storage: Storage, tokens: int, hidden: int, total: int
 ) -> _Built:
-    row = hidden * dtype.itemsize
-    blocks, capacity, stages, plan = _layout(device, row, total, tokens)
-    each = -(-row // PIECE // plan.threads)
-    even = row == plan.threads * each * PIECE
-    code = compile_source(
-        (NUMBERS, STREAM, SOURCE), defines(dtype, tokens, plan, each, even), arch(device)
-    )
-    shared = stages * plan.rows * row + _dot_bytes(capacity, tokens, plan)
+    blocks, capacity, stages, plan = _layout(device, storage, hidden, total, tokens)
+    code = compile_linear(storage, tokens, hidden, plan, arch(device))
+    stage = plan.rows * storage.staged_bytes(hidden)
+    shared = stages * stage + _dot_bytes(capacity, tokens, plan)
     kernel = find_kernel(load_module(code, device), "linear", plan.threads + 32, shared)
-    return _Built(kernel, blocks, capacity, stages)
+    return _Built(kernel, blocks, capacity, stage, stages)
 
 
-def _layout(device: torch.device, row: int, total: int, tokens: int) -> tuple[int, int, int, Plan]:
+def compile_linear(storage: Storage, tokens: int, hidden: int, plan: Plan, target: str) -> bytes:
+    """For rows of so many inputs."""
+    pieces = -(-hidden * storage.dtype.itemsize // PIECE)
+    each = -(-pieces // plan.threads)
+    constants = defines(storage, tokens, plan, each, pieces == plan.threads * each)
+    return compile_source((NUMBERS, WEIGHTS, STREAM, SOURCE), constants, target)
+
+
+def _layout(
+    device: torch.device, storage: Storage, hidden: int, total: int, tokens: int
+) -> tuple[int, int, int, Plan]:
     """(blocks, rows that a block finishes at a time, stages, plan)."""
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, total)
-    plan = find_plan(row, tokens)
+    plan = find_plan(hidden * storage.dtype.itemsize, tokens, storage.weights)
+    row = storage.staged_bytes(hidden)
     rows = plan.rows
     while rows > 1 and stage_count(shared_bytes(device) - _LEFT - _DOT_BYTES, rows * row) < 4:
         rows //= 2

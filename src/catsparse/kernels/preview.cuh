@@ -16,7 +16,6 @@
 #if PREVIEW
 
 #define TILE 16
-#define GROUP 64
 #define GROUPS ((ROW_GROUPS + WARPS - 1) / WARPS) /* of a warp */
 #define GROUP_BYTES (GROUP * PREVIEW / 8)
 #define ROW_BYTES (ROW_GROUPS * GROUP_BYTES)
@@ -28,13 +27,9 @@
 #define SWAPPED (ROW_BYTES / (4 * RUN) * 4)
 
 #define INPUTS (ROW_GROUPS * GROUP)
-#define DIGITS (DTYPE == 2 ? 3 : 2)
 #define COLUMN_TILES (DTYPE == 2 ? 2 : 1) /* columns 2 t and 2 t + 1 are token t's */
-#define NUMBER_BITS (DTYPE == 2 ? 22 : 14) /* the largest of a group has so many, less a half */
 /* Weights of 4 bits are multiplied in the upper half of a byte. */
 #define WEIGHT_UNIT (PREVIEW == 4 ? 0.0625f : 1.0f)
-
-DEVICE float power_of_two(int n) { return __uint_as_float((u32)(n + 127) << 23); }
 
 /* The digits of xs: [TOKENS, DIGITS, INPUTS], highest first; what they are worth: [TOKENS,
  * ROW_GROUPS]. An infinity has a digit 1 of infinite worth; NaN is worth NaN. */

@@ -6,7 +6,7 @@
  * the ring; each block writes a partial output, and sum.cuh's kernel adds them in order. Unlike the
  * rows of a dense product these cannot be asked for before the input is there.
  *
- * Stands behind numbers.cuh, stream.cuh and sum.cuh.
+ * Stands behind numbers.cuh, weights.cuh, stream.cuh and sum.cuh.
  */
 
 #define PARTS 3

@@ -24,9 +24,11 @@ from .stream import (
     NUMBERS,
     PIECE,
     STREAM,
+    WEIGHTS,
     Norm,
     NormArgument,
     Plan,
+    Storage,
     arch,
     defines,
     find_plan,
@@ -178,8 +180,8 @@ def compile_sparse_linear(
     """For rows of so many bytes."""
     each = -(-row // (PIECE * plan.threads))
     even = row == plan.threads * each * PIECE
-    constants = defines(dtype, tokens, plan, each, even)
-    return compile_source((NUMBERS, STREAM, SUM, SOURCE), constants, target)
+    constants = defines(Storage(dtype), tokens, plan, each, even)
+    return compile_source((NUMBERS, WEIGHTS, STREAM, SUM, SOURCE), constants, target)
 
 
 def _layout(device: torch.device, row: int, inputs: int, tokens: int) -> tuple[int, int, int, Plan]:

@@ -2,11 +2,11 @@
  *
  * A block has one producer warp, one thread of which asks the bulk copy engine for rows of weights,
  * and THREADS consumers, which each own the same few columns of every row. Stands between
- * numbers.cuh and a kernel's source, and needs these constants:
+ * weights.cuh and a kernel's source, and needs these constants:
  *   THREADS  consumers, whole warps      TOKENS   tokens of a call at most
- *   ROWS     rows of a stage, 1, 2, 4
- *   COLUMNS  16-byte pieces of a row     EVEN     whether rows are THREADS * COLUMNS pieces long
- *            that a consumer owns
+ *   ROWS     rows of a stage, 1 to 16
+ *   COLUMNS  pieces of a row that a      EVEN     whether rows are THREADS * COLUMNS pieces long
+ *            consumer owns
  */
 
 #define WARPS (THREADS / 32)
@@ -50,6 +50,19 @@ DEVICE void copy_row(char *to, const void *from, u32 bytes, u64 *b, u64 policy) 
 /* All consumers, not the producer. */
 DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
+/* ---- matrices ------------------------------------------------------------------------------- */
+
+struct Matrix {
+    const char *data, *scale; /* scales: fp32 a row, or bf16 a group */
+    long long stride;         /* bytes */
+
+    DEVICE_METHOD const char *row(int i) const { return data + i * stride; }
+    DEVICE_METHOD const char *scales(int i, int columns) const {
+        return scale + (long long)i * scale_bytes(columns);
+    }
+    DEVICE_METHOD float row_scale(int i) const { return ((const float *)scale)[i]; }
+};
+
 /* ---- the ring ------------------------------------------------------------------------------- */
 
 struct Ring {
@@ -84,22 +97,35 @@ struct Ring {
     DEVICE_METHOD void copy(int to, const void *from, u32 bytes, u64 policy) const {
         copy_row(rows() + to, from, bytes, full + stage, policy);
     }
-    /* The producer's: rows row_of(0) .. row_of(n - 1) into the next stage. */
+    /* The producer's: rows row_of(0) .. row_of(n - 1) of w into the next stage, and behind all of
+     * them their groups' scales. */
     template <class RowOf>
-    DEVICE_METHOD void fill(int n, u32 bytes, u64 policy, RowOf row_of) {
-        wait_empty(n * bytes);
-        for (int i = 0; i < n; i++) copy(i * pitch, row_of(i), bytes, policy);
+    DEVICE_METHOD void fill(int n, const Matrix &w, int columns, u64 policy, RowOf row_of) {
+        u32 bytes = packed_bytes(columns), more = scale_bytes(columns);
+        wait_empty(n * (bytes + more));
+        for (int i = 0; i < n; i++) {
+            int row = row_of(i);
+            copy(i * pitch, w.row(row), bytes, policy);
+            if (more) copy(ROWS * pitch + i * more, w.scales(row, columns), more, policy);
+        }
         advance();
     }
     /* The same for n rows in order, by one copy where they are one run of memory. */
-    DEVICE_METHOD void fill_run(int n, u32 bytes, u64 policy, const weight_t *from,
-                                long long stride) {
-        wait_empty(n * bytes);
-        if (stride * SIZE == pitch && (int)bytes == pitch)
-            copy(0, from, n * bytes, policy);
+    DEVICE_METHOD void fill_run(int n, const Matrix &w, int columns, u64 policy, int first) {
+        u32 bytes = packed_bytes(columns), more = scale_bytes(columns);
+        wait_empty(n * (bytes + more));
+        if (w.stride == pitch && (int)bytes == pitch)
+            copy(0, w.row(first), n * bytes, policy);
         else
-            for (int i = 0; i < n; i++) copy(i * pitch, from + i * stride, bytes, policy);
+            for (int i = 0; i < n; i++) copy(i * pitch, w.row(first + i), bytes, policy);
+        if (more) copy(ROWS * pitch, w.scales(first, columns), n * more, policy);
         advance();
+    }
+    /* A consumer's: its piece of the stage's row i, which is number `row` of its matrix. */
+    DEVICE_METHOD void load(Piece &to, int i, int piece, int row, int columns) const {
+        const char *from = rows();
+        to.load(from + i * pitch, from + ROWS * pitch + i * scale_bytes(columns), piece, row,
+                columns);
     }
 };
 
@@ -120,29 +146,37 @@ DEVICE float warp_sums(float (&v)[ROWS], int lane) {
     return v[0];
 }
 
-/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last. */
+/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last; it is
+ * number row_of(k) of its matrix, and its own scale is left out. */
+template <class RowOf>
 DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
-                     const float (&xs)[TOKENS][COLUMNS * VEC], float *dots) {
+                     const Factor (&xs)[TOKENS][COLUMNS], float *dots, RowOf row_of) {
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     for (int k0 = first; k0 < last; k0 += ROWS) {
         ring.wait_full();
-        const char *rows = ring.rows() + tid * 16;
         float v[TOKENS][ROWS] = {};
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             if (!EVEN && (tid + c * THREADS) * VEC >= hidden) break;
-            uint4 piece[ROWS];
-#pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                piece[i] = *(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16);
+            Piece piece[ROWS];
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
+                int row = WEIGHT == 3 ? row_of(min(k0 + i, last - 1)) : 0;
+                ring.load(piece[i], i, tid + c * THREADS, row, hidden);
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+#if WHOLE_NUMBERS
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++) v[t][i] += xs[t][c].dot(piece[i]);
+#else
                 float w[VEC];
-                unpack(piece[i], w);
+                piece[i].floats(w);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                    for (int e = 0; e < VEC; e++) v[t][i] += w[e] * xs[t][c * VEC + e];
+                    for (int e = 0; e < VEC; e++) v[t][i] += w[e] * xs[t][c].x[e];
+#endif
             }
         }
         ring.release();
@@ -170,7 +204,9 @@ struct Norm {
     float eps, offset;
 };
 
-/* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. */
+/* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. Those of
+ * weights, or in order. */
+template <bool IN_ORDER = false>
 DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
                    float (&xs)[TOKENS][COLUMNS * VEC]) {
     int tid = threadIdx.x;
@@ -180,7 +216,10 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
         for (int c = 0; c < COLUMNS; c++) {
             int at = (tid + c * THREADS) * VEC;
             uint4 piece = {0, 0, 0, 0};
-            if (at < hidden && t < tokens) piece = *(const uint4 *)(x + (long long)t * hidden + at);
+            if (at < hidden && t < tokens) {
+                const weight_t *row = x + (long long)t * hidden;
+                piece = IN_ORDER ? *(const uint4 *)(row + at) : load_columns(row, at / VEC);
+            }
             float v[VEC];
             unpack(piece, v);
 #pragma unroll
@@ -203,7 +242,8 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
         int at = (tid + c * THREADS) * VEC;
         if (!EVEN && at >= hidden) break;
         float w[VEC];
-        unpack(*(const uint4 *)(norm.weight + at), w);
+        unpack(IN_ORDER ? *(const uint4 *)(norm.weight + at) : load_columns(norm.weight, at / VEC),
+               w);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             float sum = 0.0f;
@@ -221,3 +261,10 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
     }
 }
 
+/* The same as factors of weights. */
+DEVICE void to_factors(const float (&xs)[TOKENS][COLUMNS * VEC], Factor (&to)[TOKENS][COLUMNS]) {
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) to[t][c].set(xs[t] + c * VEC);
+}

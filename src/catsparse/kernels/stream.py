@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUMBERS = Path(__file__).with_name("numbers.cuh")
-STREAM = Path(__file__).with_name("stream.cuh")
+from .preview import GROUP, SCALE_GROUPS
+
+_HERE = Path(__file__).parent
+NUMBERS, WEIGHTS, STREAM = (_HERE / f"{name}.cuh" for name in ("numbers", "weights", "stream"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # by DTYPE of numbers.cuh
 PIECE = 16  # bytes
 MOST_PIECES = 4096  # of a row; what a consumer holds of more does not fit in the registers
 _MAX_STAGES = 32  # stream.cuh's
+_WEIGHT_NUMBERS = {None: 0, "int8": 1, "fp8": 2, "int4": 3}  # WEIGHT of weights.cuh
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,50 @@ class NormArgument(ctypes.Structure):
         return cls() if norm is None else cls(norm.weight.data_ptr(), norm.eps, norm.offset)
 
 
+class MatrixArgument(ctypes.Structure):
+    """``Matrix`` of stream.cuh."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("stride", ctypes.c_longlong),
+    ]
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor | None = None) -> MatrixArgument:
+        stride = weight.stride(0) * weight.element_size()
+        return cls(weight.data_ptr(), None if scale is None else scale.data_ptr(), stride)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights are stored.
+
+    Attributes:
+        dtype: of x, and of weights that are not packed.
+        weights: the format of packed ones (:mod:`catsparse.kernels.formats`), or None.
+    """
+
+    dtype: torch.dtype
+    weights: str | None = None
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a matrix's row, without scales of groups."""
+        if self.weights is None:
+            return columns * self.dtype.itemsize
+        return columns // 2 if self.weights == "int4" else columns
+
+    def scale_bytes(self, columns: int) -> int:
+        """Of the scales of a row's groups."""
+        if self.weights != "int4":
+            return 0
+        return -(-columns // GROUP // SCALE_GROUPS) * SCALE_GROUPS * 2
+
+    def staged_bytes(self, columns: int) -> int:
+        """What a row takes in a stage of the ring."""
+        return self.row_bytes(columns) + self.scale_bytes(columns)
+
+
 def arch(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
@@ -88,14 +135,15 @@ def group_size(row_bytes: int) -> int:
     return max(1, min(4, MOST_PIECES * PIECE // row_bytes))
 
 
-def find_plan(row_bytes: int, tokens: int) -> Plan:
-    """The plan for rows of so many bytes and calls of 1, 2 or 4 tokens."""
+def find_plan(row_bytes: int, tokens: int, weights: str | None = None) -> Plan:
+    """The plan for x's rows of so many bytes, or the output's, and calls of 1, 2 or 4 tokens."""
     pieces = -(-row_bytes // PIECE)
     # A consumer holds its columns of x and of the output for each token in registers.
     most = 256 if pieces * tokens <= 1024 else 512
     columns = -(-pieces // most)
     threads = -(-pieces // (32 * columns)) * 32
-    return Plan(threads, rows=2 if pieces * tokens > 2048 else 4, chunks=3)
+    rows = 2 if pieces * tokens > 2048 else 4
+    return Plan(threads, rows if weights is None else 2 * rows, chunks=3)
 
 
 def template(tokens: int) -> int:
@@ -104,11 +152,12 @@ def template(tokens: int) -> int:
 
 
 def defines(
-    dtype: torch.dtype, tokens: int, plan: Plan, columns: int, even: bool, **more: int
+    storage: Storage, tokens: int, plan: Plan, columns: int, even: bool, **more: int
 ) -> tuple[tuple[str, str], ...]:
-    """The constants of numbers.cuh and stream.cuh, and a kernel's own."""
+    """The constants of numbers.cuh, weights.cuh and stream.cuh, and a kernel's own."""
     constants = {
-        "DTYPE": DTYPES.index(dtype),
+        "DTYPE": DTYPES.index(storage.dtype),
+        "WEIGHT": _WEIGHT_NUMBERS[storage.weights],
         "TOKENS": tokens,
         "THREADS": plan.threads,
         "COLUMNS": columns,

@@ -13,15 +13,16 @@ DEVICE void add_rows(Ring &ring, int kept, int columns, const int *list, const f
     int tid = threadIdx.x;
     for (int k0 = 0; k0 < kept; k0 += ROWS) {
         ring.wait_full();
-        const char *rows = ring.rows() + tid * 16;
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             if (!EVEN && (tid + c * THREADS) * VEC >= columns) break;
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 if (k0 + i >= kept) break; /* what lies there is an earlier row */
+                Piece piece;
+                ring.load(piece, i, tid + c * THREADS, list[k0 + i] & NEURON, columns);
                 float w[VEC];
-                unpack(*(const uint4 *)(rows + i * ring.pitch + c * THREADS * 16), w);
+                piece.floats(w);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
                     float h = hidden[(k0 + i) * TOKENS + t];
@@ -47,11 +48,18 @@ DEVICE void store_partial(const float (&out)[TOKENS][COLUMNS * VEC], int tokens,
         for (int c = 0; c < COLUMNS; c++) {
             int at = (threadIdx.x + c * THREADS) * VEC;
             if (!EVEN && at >= columns) break;
+#if WEIGHT == 3
+#pragma unroll
+            for (int e = 0; e < VEC; e += 2)
+                *(float2 *)(to + column_of(at / VEC, e)) =
+                    make_float2(out[t][c * VEC + e], out[t][c * VEC + e + 1]);
+#else
 #pragma unroll
             for (int e = 0; e < VEC; e += 4) {
                 const float *v = out[t] + c * VEC + e;
                 *(float4 *)(to + at + e) = make_float4(v[0], v[1], v[2], v[3]);
             }
+#endif
         }
     }
 }
