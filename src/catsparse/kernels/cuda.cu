@@ -22,7 +22,8 @@
  *   ACT      0 silu, 1 gelu_tanh, 2 gelu, 3 relu
  *   CHUNKS   chunks of a decision
  *   SECOND   whether there is a second one
- *   OWN      whether the preview is w_gate
+ *   PRODUCTS whether the preview is of w_up, too
+ *   OWN      whether it is w_gate itself, and w_up is packed alike
  */
 
 /* Problem of cuda.py. Pitch is from row to row of a stage, in bytes. */
@@ -41,10 +42,17 @@ struct Problem {
 };
 
 #if PREVIEW
-#define STEP TILE
+#define STEP TILE /* rows of gate that are multiplied at once */
 #else
 #define STEP ROWS
 #endif
+#if OWN
+#define UP_STEP TILE
+#else
+#define UP_STEP ROWS
+#endif
+
+enum Which { GATE, UP, DOWN };
 
 /* Where a chunk of n rows begins and how long it is: whole stages of STEP rows. */
 DEVICE int chunk_of(int n, int step) { return ((n + CHUNKS - 1) / CHUNKS + step - 1) / step * step; }
@@ -111,22 +119,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         u64 policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         int kept = 0;
-        /* Listed rows of w, as the chunks of a decision come. */
-        auto fill_chunks = [&](int decision, const Matrix &w, int columns) {
+        /* Listed rows, from k on, a step of them. */
+        auto fill_rows = [&](const Matrix &w, int columns, int k) {
+            ring.fill(min(ROWS, kept - k), w, columns, policy,
+                      [&](int i) { return listed_row(k + i); });
+        };
+        auto fill_up = [&](int k) {
+#if OWN
+            Preview up{p.w_up.data, p.w_up.scale};
+            for (int i = k; i < k + TILE; i += STAGE_ROWS)
+                up.gather(ring, max(0, min(STAGE_ROWS, kept - i)), policy,
+                          [&](int j) { return listed_row(i + j); });
+#else
+            fill_rows(p.w_up, p.hidden, k);
+#endif
+        };
+        auto fill = [&](Which which, int k) {
+            if (which == UP)
+                fill_up(k);
+            else if (which == DOWN)
+                fill_rows(p.w_down_t, p.columns, k);
+            else
+                fill_rows(p.w_gate, p.hidden, k);
+        };
+        /* Listed rows as the chunks of a decision come. */
+        auto as_decided = [&](int decision, int step, Which which) {
             int k = 0;
             for (int c = 0; c < CHUNKS; c++) {
                 barrier_wait(listed[decision] + c, 0);
                 kept = upto[decision][c];
                 /* A stage that the next chunk's neurons will fill up waits for them. */
-                for (; c + 1 < CHUNKS ? k + ROWS <= kept : k < kept; k += ROWS)
-                    ring.fill(min(ROWS, kept - k), w, columns, policy,
-                              [&](int i) { return listed_row(k + i); });
+                for (; c + 1 < CHUNKS ? k + step <= kept : k < kept; k += step)
+                    fill(which, k);
             }
-        };
-        auto fill_listed = [&](const Matrix &w, int columns) {
-            for (int k = 0; k < kept; k += ROWS)
-                ring.fill(min(ROWS, kept - k), w, columns, policy,
-                          [&](int i) { return listed_row(k + i); });
         };
 #if PREVIEW
         for (int k = 0; k < count; k += TILE)
@@ -138,17 +163,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             ring.fill_run(min(ROWS, count - k), p.w_gate, p.hidden, policy, first + k);
 #endif
 #if PREVIEW && !OWN
-        fill_chunks(0, p.w_gate, p.hidden);
-        fill_listed(p.w_up, p.hidden);
+        as_decided(0, ROWS, GATE);
+        for (int k = 0; k < kept; k += ROWS) fill(UP, k);
 #else
-        fill_chunks(0, p.w_up, p.hidden);
+        as_decided(0, UP_STEP, UP);
 #endif
         /* Once decided on anew, the list holds the first chunks' neurons alone: every row of up
          * has been asked for by then. */
         if (SECOND)
-            fill_chunks(1, p.w_down_t, p.columns);
+            as_decided(1, ROWS, DOWN);
         else
-            fill_listed(p.w_down_t, p.columns);
+            for (int k = 0; k < kept; k += ROWS) fill(DOWN, k);
         return;
     }
 
@@ -169,8 +194,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 #endif
     }
     float xs[TOKENS][COLUMNS * VEC];
-    load_x<PREVIEW != 0>(p.x, p.tokens, p.hidden, p.norm, xs);
+    load_x(p.x, p.tokens, p.hidden, p.norm, xs);
+#if !OWN
     Factor factors[TOKENS][COLUMNS];
+#endif
 #if !PREVIEW
     to_factors(xs, factors);
 #else
@@ -178,6 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     consumers_sync();
     Fragments fragments;
     fragments.load((const signed char *)x_row, units);
+#endif
+#if PREVIEW && !OWN
     consumers_sync();
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
@@ -210,13 +239,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 #if PREVIEW
         float *up_dots = dots + chunk * TOKENS * PITCH;
         for (int k = from; k < to; k += TILE) {
-            p.preview.dot_tile(ring, fragments, first + k, k - from, to - from, dots);
+            int row = first + from;
+            auto row_of = [&](int i) { return row + i; };
+            Preview::dot_tile(ring, fragments, k - from, to - from, dots, row_of);
+            row += p.neurons;
             if (PRODUCTS)
-                p.preview.dot_tile(ring, fragments, p.neurons + first + k, k - from, to - from,
-                                   up_dots);
+                Preview::dot_tile(ring, fragments, k - from, to - from, up_dots, row_of);
         }
 #else
-        dot_rows(ring, from, to, p.hidden, factors, dots, [&](int k) { return first + k; });
+        dot_rows(ring, from, to, p.hidden, factors, dots);
 #endif
         consumers_sync();
         /* Decide, a thread a neuron, and list the kept ones in order. */
@@ -249,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         barrier_arrive(listed[0] + c);
     }
     /* New dots go where the last ones were: all have read those before the last barrier. */
-#if PREVIEW
+#if PREVIEW && !OWN
     /* Read again rather than kept: registers are scarce while the preview streams. */
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
@@ -257,14 +288,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         for (int c = 0; c < COLUMNS; c++) {
             int at = (tid + c * THREADS) * VEC;
             uint4 piece = {0, 0, 0, 0};
-            if (at < p.hidden) piece = load_columns(x_row + t * INPUTS, at / VEC);
+            if (at < p.hidden) piece = *(const uint4 *)(x_row + t * INPUTS + at);
             float v[VEC];
             unpack(piece, v);
             factors[t][c].set(v);
         }
-#endif
-#if PREVIEW && !OWN
-    dot_rows(ring, 0, kept, p.hidden, factors, dots, listed_row);
+    dot_rows(ring, 0, kept, p.hidden, factors, dots);
     consumers_sync();
     for (int i = tid; i < kept * TOKENS; i += THREADS) {
         int k = i / TOKENS, t = i % TOKENS;
@@ -273,14 +302,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
     consumers_sync();
 #endif
+    auto dot_up = [&](int from, int to) {
+#if OWN
+        for (int k = from; k < to; k += TILE)
+            Preview::dot_tile(ring, fragments, k, to, dots,
+                              [&](int i) { return listed_row(min(i, to - 1)); });
+#else
+        dot_rows(ring, from, to, p.hidden, factors, dots);
+#endif
+    };
 #if SECOND
     int found = kept;
-    chunk = chunk_of(found, ROWS);
+    chunk = chunk_of(found, UP_STEP);
     kept = 0;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         int from = min(found, c * chunk), to = min(found, from + chunk), k = from + tid;
-        dot_rows(ring, from, to, p.hidden, factors, dots, listed_row);
+        dot_up(from, to);
         consumers_sync();
         int entry = k < to ? list[k] : 0, neuron = entry & NEURON, now = neuron;
         float limit = k < to ? p.product_threshold[neuron * (long long)p.product_stride] : 0.0f;
@@ -303,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         barrier_arrive(listed[1] + c);
     }
 #else
-    dot_rows(ring, 0, kept, p.hidden, factors, dots, listed_row);
+    dot_up(0, kept);
     consumers_sync();
     for (int i = tid; i < kept * TOKENS; i += THREADS) {
         int k = i / TOKENS, t = i % TOKENS, entry = list[k];

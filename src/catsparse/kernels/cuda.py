@@ -22,7 +22,7 @@ from torch import Tensor
 from .arguments import Call, belong_together
 from .formats import dequantize_weight
 from .nvrtc import Kernel, compile_source, find_kernel, load_module, why_not_nvrtc
-from .preview import GROUP, PreviewKind, dequantize, groups_of, preview_kind
+from .preview import PreviewKind, dequantize, preview_kind
 from .reference import ACTIVATIONS, MAX_OP_TOKENS, gated_mlp_reference, keep_mask
 from .stream import (
     DTYPES,
@@ -45,7 +45,16 @@ from .stream import (
     whole_pieces,
 )
 from .sums import LEFT, SUM, find_sum, launch_sum
-from .tiles import PREVIEW, TILE, PreviewArgument, Tiles, find_ring
+from .tiles import (
+    OWN,
+    PREVIEW,
+    TILE,
+    PreviewArgument,
+    Tiles,
+    digit_bytes,
+    find_ring,
+    tile_defines,
+)
 from .triton import MAX_TOKENS as TRITON_TOKENS
 from .triton import fits_triton, gated_mlp_triton, mask_triton, why_not_triton
 
@@ -128,10 +137,8 @@ def _defines(
 ) -> tuple[tuple[str, str], ...]:
     """The constants of cuda.cu and preview.cuh."""
     own = {"ACT": _ACTIVATION_NUMBERS[act], "CHUNKS": plan.chunks, "SECOND": int(second)}
-    own |= {"PREVIEW": 0, "PRODUCTS": 0, "OWN": int(storage.weights == "int4")}
-    if tiles is not None:
-        own |= {"PREVIEW": tiles.kind.bits, "PRODUCTS": int(tiles.kind.products)}
-        own |= {"ROW_GROUPS": tiles.groups, "SPLITS": tiles.splits}
+    own |= {"PRODUCTS": int(tiles is not None and tiles.kind.products)}
+    own |= {"OWN": int(storage.weights == "int4"), **tile_defines(tiles)}
     return defines(storage, tokens, plan, columns, even, **own)
 
 
@@ -295,7 +302,7 @@ def _build(
     widest = max(hidden, columns)
     row, x_row = storage.staged_bytes(widest), widest * storage.dtype.itemsize
     lists = _list_bytes(capacity, tokens, plan, kind, storage)
-    lists += _x_bytes(storage.dtype, hidden, tokens, kind)
+    lists += 0 if kind is None else digit_bytes(storage.dtype, hidden, tokens)
     rows = plan.rows
     while rows > 1 and not find_ring(limit - lists - LEFT, rows, row, hidden, kind).holds(4):
         rows //= 2
@@ -334,11 +341,6 @@ def _list_bytes(
 def _chunks(capacity: int, plan: Plan, step: int) -> int:
     """A chunk is decided by a thread a neuron, so it must not be larger than a block."""
     return max(plan.chunks, -(-(capacity + step) // (plan.threads - step)))
-
-
-def _x_bytes(dtype: torch.dtype, hidden: int, tokens: int, kind: PreviewKind | None) -> int:
-    """With a preview, the tokens, which take the place of their digits, and the digits' units."""
-    return 0 if kind is None else tokens * groups_of(hidden) * (GROUP * dtype.itemsize + 4)
 
 
 def _fits(call: Call) -> bool:
@@ -382,12 +384,12 @@ def why_not_sizes(
     if any(storage.row_bytes(size) % PIECE for size in (hidden, columns)):
         return f"rows of {hidden} and {columns} elements are not whole 16-byte pieces"
     if weights == "int4":
-        kind = PreviewKind(4, False)
+        kind = OWN
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, neurons)
     capacity = -(-neurons // blocks)
     tokens = group_size(x_row)
     lists = _list_bytes(capacity, tokens, find_plan(x_row, tokens, weights), kind, storage)
-    lists += _x_bytes(dtype, hidden, tokens, kind)
+    lists += 0 if kind is None else digit_bytes(dtype, hidden, tokens)
     ring = find_ring(shared_bytes(device) - lists - LEFT, 1, row, hidden, kind)
     if x_row > MOST_PIECES * PIECE or not ring.holds(2):
         of = "" if kind is None else f"{kind.bits}-bit previews of "

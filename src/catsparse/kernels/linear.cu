@@ -4,10 +4,16 @@
  *
  * A block owns a slice of the rows and finishes `capacity` of them at a time, whole stages. They are
  * streamed through the ring from before the previous kernel has ended, as weights do not depend on
- * it. Stands behind numbers.cuh, weights.cuh and stream.cuh.
+ * it. Stands behind numbers.cuh, weights.cuh, stream.cuh and preview.cuh.
  */
 
 #define PARTS 3
+
+#if WEIGHT == 3
+#define STEP TILE
+#else
+#define STEP ROWS
+#endif
 
 /* Linear of linear.py. Pitch (from row to row of a stage) and stage are in bytes. */
 struct Linear {
@@ -22,16 +28,32 @@ struct Linear {
 
 /* Which matrix a row of all is in; the row becomes its own. */
 DEVICE int part_of(const Linear &p, int &row) {
-    int part = 0;
-    while (row >= p.rows[part]) row -= p.rows[part++];
+    int second = p.rows[0], third = second + p.rows[1], part = (row >= second) + (row >= third);
+    row -= part == 0 ? 0 : part == 1 ? second : third;
     return part;
 }
+
+/* Rows of a block one after the other: of one matrix, and at most `capacity`. */
+struct Run {
+    int row, part, count; /* of the matrix */
+
+    DEVICE_METHOD Run(const Linear &p, int first, int left) : row(first) {
+        part = part_of(p, row);
+        count = min(min(left, p.capacity), p.rows[part] - row);
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     linear(const __grid_constant__ Linear p) {
     extern __shared__ __align__(128) char memory[];
     __shared__ u64 full[MAX_STAGES], empty[MAX_STAGES];
-    float *dots = (float *)(memory + p.stages * p.stage); /* [capacity, TOKENS, PITCH] */
+    char *after_stages = memory + p.stages * p.stage;
+#if WEIGHT == 3
+    signed char *digits = (signed char *)after_stages; /* [TOKENS, DIGITS, INPUTS] */
+    float *units = (float *)(digits + TOKENS * DIGITS * INPUTS); /* [TOKENS, ROW_GROUPS] */
+    after_stages = (char *)(units + TOKENS * ROW_GROUPS);
+#endif
+    float *dots = (float *)after_stages; /* [capacity, TOKENS, PITCH] */
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int first = (int)((long long)p.total * blockIdx.x / gridDim.x);
@@ -49,23 +71,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         if (lane) return;
         u64 policy;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        u32 bytes = packed_bytes(p.hidden), more = scale_bytes(p.hidden);
-        for (int k = 0; k < count; k += ROWS) {
-            int n = min(ROWS, count - k);
-            ring.wait_empty(n * (bytes + more));
-            /* Runs of rows of one matrix. */
-            for (int i = 0; i < n;) {
-                int row = first + k + i, part = part_of(p, row);
-                const Matrix &w = p.w[part];
-                int rows = min(n - i, p.rows[part] - row);
-                if (w.stride != bytes) rows = 1;
-                ring.copy(i * p.pitch, w.row(row), rows * bytes, policy);
-                if (more)
-                    ring.copy(ROWS * p.pitch + i * more, w.scales(row, p.hidden), rows * more,
-                              policy);
-                i += rows;
+        for (int at = 0; at < count;) {
+            Run run(p, first + at, count - at);
+            for (int k = 0; k < run.count; k += STEP) {
+#if WEIGHT == 3
+                Preview w{p.w[run.part].data, p.w[run.part].scale};
+                for (int i = k; i < k + TILE; i += STAGE_ROWS)
+                    w.fill(ring, run.row + i, max(0, min(STAGE_ROWS, run.count - i)), policy);
+#else
+                ring.fill_run(min(ROWS, run.count - k), p.w[run.part], p.hidden, policy,
+                              run.row + k);
+#endif
             }
-            ring.advance();
+            at += run.count;
         }
         return;
     }
@@ -74,31 +92,38 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     wait_for_previous();
     float xs[TOKENS][COLUMNS * VEC];
     load_x(p.x, p.tokens, p.hidden, p.norm, xs);
+#if WEIGHT == 3
+    to_digits(xs, digits, units);
+    consumers_sync();
+    Fragments fragments;
+    fragments.load(digits, units);
+#else
     Factor factors[TOKENS][COLUMNS];
     to_factors(xs, factors);
-    for (int from = 0; from < count; from += p.capacity) {
-        int rows = min(p.capacity, count - from);
-        auto scale_of = [&](int k) {
-            int row = first + from + k, part = part_of(p, row);
-            return p.w[part].row_scale(row);
-        };
-        float scale = ROW_SCALES ? scale_of(tid % rows) : 1.0f; /* asked for while rows come */
-        dot_rows(ring, 0, rows, p.hidden, factors, dots, [&](int k) {
-            int row = first + from + k;
-            part_of(p, row);
-            return row;
-        });
+#endif
+    for (int at = 0; at < count;) {
+        Run run(p, first + at, count - at);
+        const Matrix &w = p.w[run.part];
+        /* Asked for while rows come. */
+        float scale = ROW_SCALES ? w.row_scale(run.row + tid % run.count) : 1.0f;
+#if WEIGHT == 3
+        for (int k = 0; k < run.count; k += TILE)
+            Preview::dot_tile(ring, fragments, k, run.count, dots,
+                              [&](int i) { return run.row + i; });
+#else
+        dot_rows(ring, 0, run.count, p.hidden, factors, dots);
+#endif
         consumers_sync();
-        for (int i = tid; i < rows * p.tokens; i += THREADS) {
-            int k = i % rows, t = i / rows, row = first + from + k;
-            long long to = (long long)t * p.total + row;
-            int part = part_of(p, row);
+        for (int i = tid; i < run.count * p.tokens; i += THREADS) {
+            int k = i % run.count, t = i / run.count;
+            long long to = (long long)t * p.total + first + at + k;
             float y = dot_of(dots, k, t);
-            if (ROW_SCALES) y *= i == tid ? scale : p.w[part].row_scale(row);
-            if (p.bias[part]) y += to_float(p.bias[part][row]);
+            if (ROW_SCALES) y *= i == tid ? scale : w.row_scale(run.row + k);
+            if (p.bias[run.part]) y += to_float(p.bias[run.part][run.row + k]);
             if (p.residual) y = to_float(p.residual[to]) + rounded(y);
             p.y[to] = round_to_weight(y);
         }
         consumers_sync(); /* the next rows' dots take the place of these */
+        at += run.count;
     }
 }

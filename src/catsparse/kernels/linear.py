@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,10 @@ from .stream import (
     defines,
     find_plan,
     shared_bytes,
-    stage_count,
     template,
     whole_pieces,
 )
+from .tiles import OWN, PREVIEW, TILE, Ring, digit_bytes, find_ring, tile_defines
 
 SOURCE = Path(__file__).with_name("linear.cu")
 PARTS = 3  # linear.cu's
@@ -139,13 +139,12 @@ def linear(
 
 
 @functools.cache
-def _build(
-    device: torch.device, storage: Storage, tokens: int, hidden: int, total: int
-) -> _Built:
+def _build(device: torch.device, storage: Storage, tokens: int, hidden: int, total: int) -> _Built:
     blocks, capacity, stages, plan = _layout(device, storage, hidden, total, tokens)
     code = compile_linear(storage, tokens, hidden, plan, arch(device))
-    stage = plan.rows * storage.staged_bytes(hidden)
-    shared = stages * stage + _dot_bytes(capacity, tokens, plan)
+    stage = _ring(storage, hidden, plan, 0).stage
+    shared = stages * stage + _other_bytes(storage, hidden, tokens)
+    shared += _dot_bytes(capacity, tokens, plan)
     kernel = find_kernel(load_module(code, device), "linear", plan.threads + 32, shared)
     return _Built(kernel, blocks, capacity, stage, stages)
 
@@ -154,8 +153,9 @@ def compile_linear(storage: Storage, tokens: int, hidden: int, plan: Plan, targe
     """For rows of so many inputs."""
     pieces = -(-hidden * storage.dtype.itemsize // PIECE)
     each = -(-pieces // plan.threads)
-    constants = defines(storage, tokens, plan, each, pieces == plan.threads * each)
-    return compile_source((NUMBERS, WEIGHTS, STREAM, SOURCE), constants, target)
+    own = tile_defines(_ring(storage, hidden, plan, 0).tiles)
+    constants = defines(storage, tokens, plan, each, pieces == plan.threads * each, **own)
+    return compile_source((NUMBERS, WEIGHTS, STREAM, PREVIEW, SOURCE), constants, target)
 
 
 def _layout(
@@ -164,16 +164,28 @@ def _layout(
     """(blocks, rows that a block finishes at a time, stages, plan)."""
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, total)
     plan = find_plan(hidden * storage.dtype.itemsize, tokens, storage.weights)
-    row = storage.staged_bytes(hidden)
+    room = shared_bytes(device) - _LEFT - _other_bytes(storage, hidden, tokens)
     rows = plan.rows
-    while rows > 1 and stage_count(shared_bytes(device) - _LEFT - _DOT_BYTES, rows * row) < 4:
+    while rows > 1 and not _ring(
+        storage, hidden, replace(plan, rows=rows), room - _DOT_BYTES
+    ).holds(4):
         rows //= 2
-    plan = Plan(plan.threads, rows, plan.chunks)
+    plan = replace(plan, rows=rows)
+    step = TILE if storage.weights == "int4" else rows
     most = _DOT_BYTES // _dot_bytes(1, tokens, plan)
     capacity = min(-(-total // blocks), most)
-    capacity = -(-capacity // rows) * rows if capacity < most else most // rows * rows
-    room = shared_bytes(device) - _LEFT - _dot_bytes(capacity, tokens, plan)
-    return blocks, capacity, stage_count(room, rows * row), plan
+    capacity = -(-capacity // step) * step if capacity < most else most // step * step
+    ring = _ring(storage, hidden, plan, room - _dot_bytes(capacity, tokens, plan))
+    return blocks, capacity, ring.stages if ring.holds(2) else 0, plan
+
+
+def _ring(storage: Storage, hidden: int, plan: Plan, room: int) -> Ring:
+    row = storage.staged_bytes(hidden)
+    return find_ring(room, plan.rows, row, hidden, OWN if storage.weights == "int4" else None)
+
+
+def _other_bytes(storage: Storage, hidden: int, tokens: int) -> int:
+    return digit_bytes(storage.dtype, hidden, tokens) if storage.weights == "int4" else 0
 
 
 def _dot_bytes(rows: int, tokens: int, plan: Plan) -> int:

@@ -1,5 +1,6 @@
 /* A preview's dot products on tensor cores: tiles of 16 rows of a 4- or 8-bit copy of W_gate, or of
- * W_up (preview.py), against the tokens, in whole numbers. A group of 64 inputs of a token is fixed
+ * W_up (preview.py), or of int4 weights, which are packed alike, against the tokens, in whole
+ * numbers. A group of 64 inputs of a token is fixed
  * point: 15 bits and a sign, 23 for floats, times a power of two, in digits of 8 bits, each a column
  * of its own; so the sums over a group are exact. A warp owns the same few groups of every tile;
  * lane l has rows l / 4 and l / 4 + 8 of it, and of their sums token l % 4's. Which inputs a step
@@ -8,9 +9,9 @@
  * A stage of the ring holds some of a tile's rows, which are one run of memory, and then their
  * scales: two copies. One a row would take longer to ask for than to fetch.
  *
- * Stands between stream.cuh and cuda.cu, and needs these constants more:
+ * Stands between stream.cuh and a kernel, and needs these constants more:
  *   PREVIEW     bits a weight, 0 for none     ROW_GROUPS  groups of a row
- *   SPLITS      stages of a tile: 1, 2, 4, 8  PRODUCTS    whether W_up has a preview, too
+ *   SPLITS      stages of a tile: 1, 2, 4, 8
  */
 
 #if PREVIEW
@@ -126,12 +127,28 @@ struct Preview {
         ring.advance();
     }
 
+    /* The same for rows row_of(0) .. row_of(n - 1), wherever they are. */
+    template <class RowOf>
+    DEVICE_METHOD void gather(Ring &ring, int n, u64 policy, RowOf row_of) const {
+        ring.wait_empty(n * (ROW_BYTES + SCALE_BYTES));
+        for (int i = 0; i < n; i++) {
+            long long row = row_of(i);
+            ring.copy(i * ROW_BYTES, data + row * ROW_BYTES, ROW_BYTES, policy);
+            ring.copy(STAGE_ROWS * ROW_BYTES + i * SCALE_BYTES, scale + row * SCALE_BYTES,
+                      SCALE_BYTES, policy);
+        }
+        ring.advance();
+    }
+
     /* dots[(k * TOKENS + t) * PITCH + warp] = this warp's part of a row times x[t], for the tile's
-     * rows, k0 .. k0 + TILE - 1 below last; the first is `row` of the preview. */
-    DEVICE_METHOD void dot_tile(Ring &ring, const Fragments &x, int row, int k0, int last,
-                                float *dots) const {
+     * rows, k0 .. k0 + TILE - 1 below last; k is row_of(k) of the preview. */
+    template <class RowOf>
+    static DEVICE_METHOD void dot_tile(Ring &ring, const Fragments &x, int k0, int last,
+                                       float *dots, RowOf row_of) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
-        int start = warp * GROUPS, swap = (row + r) % 4;
+        int start = warp * GROUPS, swap[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) swap[half] = row_of(k0 + r + 8 * half) & 3;
         const char *rows[2], *scales[2];
 #pragma unroll
         for (int s = 0; s < SPLITS; s++) {
@@ -151,12 +168,13 @@ struct Preview {
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
             if (ROW_GROUPS != WARPS * GROUPS && start + i >= ROW_GROUPS) break;
-            int from = (start + i) * GROUP_BYTES, run = from / RUN;
-            if (SWAPPED * RUN == ROW_BYTES || run < SWAPPED) run ^= swap;
-            int at = run * RUN + from % RUN + q * (GROUP_BYTES / 4);
+            int from = (start + i) * GROUP_BYTES;
             u32 word[2][GROUP_BYTES / 16];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
+                int run = from / RUN;
+                if (SWAPPED * RUN == ROW_BYTES || run < SWAPPED) run ^= swap[half];
+                int at = run * RUN + from % RUN + q * (GROUP_BYTES / 4);
 #if PREVIEW == 4
                 uint2 v = *(const uint2 *)(rows[half] + at);
 #else

@@ -110,15 +110,15 @@ struct Ring {
         }
         advance();
     }
-    /* The same for n rows in order, by one copy where they are one run of memory. */
+    /* The same for n rows in order, without groups' scales, by one copy where they are one run of
+     * memory. */
     DEVICE_METHOD void fill_run(int n, const Matrix &w, int columns, u64 policy, int first) {
-        u32 bytes = packed_bytes(columns), more = scale_bytes(columns);
-        wait_empty(n * (bytes + more));
+        u32 bytes = packed_bytes(columns);
+        wait_empty(n * bytes);
         if (w.stride == pitch && (int)bytes == pitch)
             copy(0, w.row(first), n * bytes, policy);
         else
             for (int i = 0; i < n; i++) copy(i * pitch, w.row(first + i), bytes, policy);
-        if (more) copy(ROWS * pitch, w.scales(first, columns), n * more, policy);
         advance();
     }
     /* A consumer's: its piece of the stage's row i, which is number `row` of its matrix. */
@@ -146,11 +146,12 @@ DEVICE float warp_sums(float (&v)[ROWS], int lane) {
     return v[0];
 }
 
-/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last; it is
- * number row_of(k) of its matrix, and its own scale is left out. */
-template <class RowOf>
+#if WEIGHT != 3 /* int4 is multiplied in tiles, see preview.cuh */
+
+/* dots[(k * TOKENS + t) * PITCH + warp] = this part of row k times x[t], first <= k < last, without
+ * the row's own scale. */
 DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
-                     const Factor (&xs)[TOKENS][COLUMNS], float *dots, RowOf row_of) {
+                     const Factor (&xs)[TOKENS][COLUMNS], float *dots) {
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     for (int k0 = first; k0 < last; k0 += ROWS) {
         ring.wait_full();
@@ -160,13 +161,11 @@ DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
             if (!EVEN && (tid + c * THREADS) * VEC >= hidden) break;
             Piece piece[ROWS];
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                int row = WEIGHT == 3 ? row_of(min(k0 + i, last - 1)) : 0;
-                ring.load(piece[i], i, tid + c * THREADS, row, hidden);
-            }
+            for (int i = 0; i < ROWS; i++)
+                ring.load(piece[i], i, tid + c * THREADS, 0, hidden);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
-#if WHOLE_NUMBERS
+#if WEIGHT == 1
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) v[t][i] += xs[t][c].dot(piece[i]);
 #else
@@ -189,6 +188,8 @@ DEVICE void dot_rows(Ring &ring, int first, int last, int hidden,
     }
 }
 
+#endif
+
 DEVICE float dot_of(const float *dots, int k, int t) {
     float sum = 0.0f;
 #pragma unroll
@@ -204,9 +205,7 @@ struct Norm {
     float eps, offset;
 };
 
-/* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. Those of
- * weights, or in order. */
-template <bool IN_ORDER = false>
+/* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. */
 DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
                    float (&xs)[TOKENS][COLUMNS * VEC]) {
     int tid = threadIdx.x;
@@ -216,10 +215,7 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
         for (int c = 0; c < COLUMNS; c++) {
             int at = (tid + c * THREADS) * VEC;
             uint4 piece = {0, 0, 0, 0};
-            if (at < hidden && t < tokens) {
-                const weight_t *row = x + (long long)t * hidden;
-                piece = IN_ORDER ? *(const uint4 *)(row + at) : load_columns(row, at / VEC);
-            }
+            if (at < hidden && t < tokens) piece = *(const uint4 *)(x + (long long)t * hidden + at);
             float v[VEC];
             unpack(piece, v);
 #pragma unroll
@@ -242,8 +238,7 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
         int at = (tid + c * THREADS) * VEC;
         if (!EVEN && at >= hidden) break;
         float w[VEC];
-        unpack(IN_ORDER ? *(const uint4 *)(norm.weight + at) : load_columns(norm.weight, at / VEC),
-               w);
+        unpack(*(const uint4 *)(norm.weight + at), w);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             float sum = 0.0f;
@@ -261,6 +256,8 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
     }
 }
 
+#if WEIGHT != 3
+
 /* The same as factors of weights. */
 DEVICE void to_factors(const float (&xs)[TOKENS][COLUMNS * VEC], Factor (&to)[TOKENS][COLUMNS]) {
 #pragma unroll
@@ -268,3 +265,5 @@ DEVICE void to_factors(const float (&xs)[TOKENS][COLUMNS * VEC], Factor (&to)[TO
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) to[t][c].set(xs[t] + c * VEC);
 }
+
+#endif

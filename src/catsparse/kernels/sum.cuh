@@ -26,6 +26,9 @@ DEVICE void add_rows(Ring &ring, int kept, int columns, const int *list, const f
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
                     float h = hidden[(k0 + i) * TOKENS + t];
+#if WEIGHT == 3
+                    h *= piece.scale;
+#endif
                     /* A token that drops the row takes nothing of it, not even infinity. */
                     if (TOKENS > 1 && !(list[k0 + i] >> (TOKEN_BIT + t) & 1)) continue;
 #pragma unroll

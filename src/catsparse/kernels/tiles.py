@@ -6,11 +6,14 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .preview import GROUP, SCALE_GROUPS, PreviewKind, groups_of
 from .stream import stage_count
 
 PREVIEW = Path(__file__).with_name("preview.cuh")
 TILE = 16  # neurons
+OWN = PreviewKind(4, products=False)  # what int4 weights are packed as
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ def find_ring(room: int, rows: int, row: int, hidden: int, kind: PreviewKind | N
     tiles = None if kind is None else find_tiles(hidden, kind, rows * row)
     stage = max(rows * row, 0 if tiles is None else tiles.stage)
     return Ring(stage, stage_count(room, stage), tiles)
+
+
+def tile_defines(tiles: Tiles | None) -> dict[str, int]:
+    """The constants of preview.cuh."""
+    if tiles is None:
+        return {"PREVIEW": 0}
+    return {"PREVIEW": tiles.kind.bits, "ROW_GROUPS": tiles.groups, "SPLITS": tiles.splits}
+
+
+def digit_bytes(dtype: torch.dtype, hidden: int, tokens: int) -> int:
+    """What the tokens' digits and their units take in shared memory, or the tokens themselves in
+    their place."""
+    return tokens * groups_of(hidden) * (GROUP * dtype.itemsize + 4)
 
 
 class PreviewArgument(ctypes.Structure):

@@ -1,11 +1,11 @@
 /* Weights as the streaming kernels read them: floats of x's dtype, or packed (formats.py). A piece of
- * x, 16 bytes or VEC elements, meets as many weights, and the consumer that owns the one owns the
- * others. Which columns these are is for the packing to choose: of int4 half of them lie in the low
- * halves of a word's bytes, and half, 32 inputs further on, in the high ones.
+ * x or of the output, 16 bytes or VEC elements, meets as many weights, and the consumer that owns the
+ * one owns the others. Which columns these are is for the packing to choose: of int4 half of them lie
+ * in the low halves of a word's bytes, and half, 32 columns further on, in the high ones.
  *
- * Products with int8 and int4 are of whole numbers: a piece of x is fixed point, 15 bits and a sign,
- * 23 for floats, times a power of two, in digits of 8 bits. A row's scale is its owner's business, a
- * group's is applied here.
+ * Products with int8 are of whole numbers: a piece of x is fixed point, 15 bits and a sign, 23 for
+ * floats, times a power of two, in digits of 8 bits. Those with int4 are in preview.cuh. A row's
+ * scale is the caller's business, as is a group's.
  *
  * Stands between numbers.cuh and stream.cuh, and needs this constant:
  *   WEIGHT   0 floats as x, 1 int8, 2 fp8 (e4m3), 3 int4 in groups of 64
@@ -19,7 +19,6 @@
 #else
 #define WEIGHT_BITS 8
 #endif
-#define WHOLE_NUMBERS (WEIGHT == 1 || WEIGHT == 3)
 #define ROW_SCALES (WEIGHT == 1 || WEIGHT == 2)
 #define PIECE_BYTES (VEC * WEIGHT_BITS / 8)
 #define PIECE_WORDS ((PIECE_BYTES + 3) / 4)
@@ -42,17 +41,6 @@ DEVICE int column_of(int piece, int e) {
     return piece / each * GROUP + piece % each * half + e + (e < half ? 0 : GROUP / 2 - half);
 #else
     return piece * VEC + e;
-#endif
-}
-
-/* A piece of x, of floats: its columns are where those of the weights' piece are. */
-DEVICE uint4 load_columns(const weight_t *row, int piece) {
-#if WEIGHT == 3
-    const weight_t *from = row + column_of(piece, 0);
-    uint2 low = *(const uint2 *)from, high = *(const uint2 *)(from + GROUP / 2);
-    return make_uint4(low.x, low.y, high.x, high.y);
-#else
-    return *(const uint4 *)(row + piece * VEC);
 #endif
 }
 
@@ -85,7 +73,7 @@ struct Piece {
             word[0] = *(const unsigned short *)from;
     }
 
-    /* The weights, without a row's scale. */
+    /* The weights, without scales. */
     DEVICE_METHOD void floats(float (&v)[VEC]) const {
 #if WEIGHT == 0
         unpack(make_uint4(word[0], word[1], word[2], word[3]), v);
@@ -110,7 +98,6 @@ struct Piece {
             u32 byte = e % (VEC / 2);
             v[e] = __uint_as_float(__byte_perm(e < VEC / 2 ? low : high, 0x4b000000u,
                                                0x7440 + byte)) - 8388616.0f;
-            v[e] *= scale;
         }
 #endif
     }
@@ -118,24 +105,12 @@ struct Piece {
 
 /* ---- x, and its products ------------------------------------------------------------------------ */
 
-#if WHOLE_NUMBERS
-
-DEVICE int dot4(u32 weights, u32 digits, int sum) {
 #if WEIGHT == 1
-    asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(digits));
-#else
-    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(digits));
-#endif
-    return sum;
-}
 
 /* A consumer's piece of x. An infinity has a digit 1 of infinite worth; NaN is worth NaN. */
 struct Factor {
     u32 digit[DIGITS][VEC == 8 ? 2 : 1]; /* highest first, a byte a column */
     float unit;
-#if WEIGHT == 3
-    int offset; /* 8 times the sum of its numbers: weights are 0 to 15 */
-#endif
 
     DEVICE_METHOD void set(const float *x) {
         const float infinity = __uint_as_float(0x7f800000u);
@@ -153,21 +128,16 @@ struct Factor {
         for (int d = 0; d < DIGITS; d++)
 #pragma unroll
             for (int i = 0; i < (VEC == 8 ? 2 : 1); i++) digit[d][i] = 0;
-        int sum = 0;
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
             int number = __float2int_rn(x[e] * per_unit);
             if (most == infinity) number = x[e] == infinity ? 1 : x[e] == -infinity ? -1 : 0;
-            sum += number;
 #pragma unroll
             for (int d = DIGITS - 1; d >= 0; d--) {
                 digit[d][e / 4] |= (number & 0xff) << 8 * (e % 4);
                 number = (number + 128) >> 8;
             }
         }
-#if WEIGHT == 3
-        offset = 8 * sum;
-#endif
     }
 
     DEVICE_METHOD float dot(const Piece &w) const {
@@ -175,27 +145,18 @@ struct Factor {
 #pragma unroll
         for (int d = 0; d < DIGITS; d++) {
             int part = 0;
-#if WEIGHT == 1
 #pragma unroll
-            for (int i = 0; i < PIECE_WORDS; i++) part = dot4(w.word[i], digit[d][i], part);
-#elif DTYPE == 2 /* both halves of two bytes */
-            u32 both = (w.word[0] & 0x0f0fu) | (w.word[0] & 0xf0f0u) << 12;
-            part = dot4(both, digit[d][0], part);
-#else
-            part = dot4(w.word[0] & 0x0f0f0f0fu, digit[d][0], part);
-            part = dot4(w.word[0] >> 4 & 0x0f0f0f0fu, digit[d][1], part);
-#endif
+            for (int i = 0; i < PIECE_WORDS; i++)
+                asm("dp4a.s32.s32 %0, %1, %2, %0;"
+                    : "+r"(part)
+                    : "r"(w.word[i]), "r"(digit[d][i]));
             sum = sum * 256 + part;
         }
-#if WEIGHT == 3
-        return (float)(sum - offset) * (unit * w.scale);
-#else
         return (float)sum * unit;
-#endif
     }
 };
 
-#else
+#elif WEIGHT != 3
 
 struct Factor {
     float x[VEC];
