@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from catsparse.bench.gpu import capture, gpu_seconds
-from catsparse.bench.op import INPUTS, Setup
+from catsparse.bench.setup import INPUTS, Setup
 from catsparse.bench.shapes import find_shape
 from catsparse.kernels import Call, cuda
 

@@ -16,16 +16,18 @@ from torch import Tensor
 import catsparse
 import tiny
 from catsparse import CatsparseError, bench, modules, weights
-from catsparse.bench import checks, decode, op, peers, rows, shapes
+from catsparse.bench import checks, decode, op, peers, rows, setup, shapes
+from catsparse.bench.peers import Peer
+from catsparse.bench.setup import INPUTS, KINDS, Setup
 from catsparse.footprint import preview_bytes
-from catsparse.kernels import gated_mlp_reference
+from catsparse.kernels import gated_mlp, gated_mlp_reference
 from catsparse.modules import sparse_modules
 from catsparse.report import measured_figure, plot_speed
 
 CPU = torch.device("cpu")
 KEYS = {
-    *("what", "name", "impl", "device", "threads", "dtype", "tokens", "context", "sparsity"),
-    *("bytes_skipped", "p20", "p50", "p80", "limit", "of_limit", "vs_dense", "max_err"),
+    *("what", "name", "impl", "device", "threads", "dtype", "weights", "tokens", "context"),
+    *("sparsity", "bytes_skipped", "p20", "p50", "p80", "limit", "of_limit", "vs_dense", "max_err"),
     *("versions", "commit"),
 }
 
@@ -33,7 +35,7 @@ KEYS = {
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few layers are enough to get past a cache of 32 kB."""
-    monkeypatch.setattr(op, "last_level_cache", lambda device: 2**15)
+    monkeypatch.setattr(setup, "last_level_cache", lambda device: 2**15)
 
 
 # Shapes
@@ -89,7 +91,7 @@ def test_quantiles_by_hand() -> None:
 
 def test_rows_are_added_to_the_file(tmp_path: Path) -> None:
     row = bench.Row(
-        *("op", "a", "dense", "cpu", 2, "float32", 1, 0, 0.0, 0.0, 1.0, 2.0, 3.0),
+        *("op", "a", "dense", "cpu", 2, "float32", "fp32", 1, 0, 0.0, 0.0, 1.0, 2.0, 3.0),
         *(1.0, 2.0, 1.0, 0.0, {}, None),
     )
     path = tmp_path / "new" / "rows.jsonl"
@@ -155,6 +157,34 @@ def test_op_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("small_cache")
+def test_rows_of_packed_weights() -> None:
+    floats = run_op(shape=bench.find_shape("64,192"))
+    found = run_op(shape=bench.find_shape("64,192"), formats=["int8", "int4"])
+    packed = found[len(floats) :]
+    assert [(r.impl, r.weights, r.sparsity) for r in packed] == [
+        *(("catsparse_int8", "int8", s) for s in (0.0, 0.5, 0.9)),
+        *(("catsparse_int4", "int4", s) for s in (0.0, 0.5, 0.9)),
+    ]
+    assert {r.weights for r in found[: len(floats)]} == {"fp32"}
+    dense = found[0]
+    for row in packed:
+        each = {"int8": 1, "int4": 0.5 + 2 / 64}[row.weights]
+        assert row.bytes_skipped == pytest.approx(2 / 3 * row.sparsity, abs=0.01)
+        assert row.limit == pytest.approx(dense.limit * each / 4 * (1 - row.bytes_skipped))
+        assert row.vs_dense == pytest.approx(min(found[0].p50, found[1].p50) / row.p50)
+        assert row.max_err <= rows.TOLERANCE[torch.float32]
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_a_wrong_packed_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "gated_mlp", lambda *a, **k: 1.5 * gated_mlp(*a, **k))
+    with pytest.raises(CatsparseError, match="catsparse_int8"):
+        run_op(shape=bench.find_shape("64,192"), formats=["int8"])
+    with pytest.raises(CatsparseError, match="in int4: rows of 40"):
+        run_op(formats=["int4"])
+
+
+@pytest.mark.usefixtures("small_cache")
 def test_several_tokens_skip_what_all_of_them_drop() -> None:
     one, four = run_op(), run_op(tokens=4)
     assert four[3].tokens == 4
@@ -184,7 +214,7 @@ def test_every_variant_meets_every_layer_and_input(
     met: dict[str, set[tuple[int, int]]] = {"first": set(), "second": set()}
     timing: list[int] = []
 
-    def watcher(name: str) -> op.Peer:
+    def watcher(name: str) -> Peer:
         def prepare(w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Prepared:
             call = honest(w_gate, w_up, w_down)
 
@@ -202,8 +232,8 @@ def test_every_variant_meets_every_layer_and_input(
     run_op(sparsities=sparsities, rounds=47, peers={n: watcher(n) for n in met})
     for seen in met.values():
         layers, inputs = ({pair[i] for pair in seen} for i in (0, 1))
-        assert len(inputs) == op.INPUTS
-        assert len(layers) == len(op.Setup(*SMALL).layers)
+        assert len(inputs) == INPUTS
+        assert len(layers) == len(Setup(*SMALL).layers)
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -215,10 +245,10 @@ def test_torch_skips_no_bytes() -> None:
 def test_nothing_is_made_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transposed copy is made at a layer's first call: never in a timed one."""
     made: list[bool] = []
-    setups: list[op.Setup] = []
-    init, clock = op.Setup.__init__, op.seconds
+    setups: list[Setup] = []
+    init, clock = Setup.__init__, op.seconds
 
-    def remember(self: op.Setup, *arguments: Any) -> None:
+    def remember(self: Setup, *arguments: Any) -> None:
         init(self, *arguments)
         setups.append(self)
 
@@ -226,7 +256,7 @@ def test_nothing_is_made_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -
         made.extend(m._catsparse_down_t is not None for m in setups[0].modules)
         return clock(work, device)
 
-    monkeypatch.setattr(op.Setup, "__init__", remember)
+    monkeypatch.setattr(Setup, "__init__", remember)
     monkeypatch.setattr(op, "seconds", watch)
     run_op(rounds=1)
     assert made
@@ -242,17 +272,17 @@ def test_every_activation(act: str) -> None:
 def test_layers_exceed_the_cache_even_if_only_gates_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(op, "last_level_cache", lambda device: 100_000)
+    monkeypatch.setattr(setup, "last_level_cache", lambda device: 100_000)
     shape = bench.find_shape("40,72")
-    setup = op.Setup(shape, torch.float32, 1, CPU, "auto", True)
-    assert len(setup.layers) * 40 * 72 * 4 >= 2 * 100_000
+    made = Setup(shape, torch.float32, 1, CPU, "auto", True)
+    assert len(made.layers) * 40 * 72 * 4 >= 2 * 100_000
 
 
 @pytest.mark.usefixtures("small_cache")
 def test_thresholds_drop_the_share_asked_for() -> None:
-    setup = op.Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True, 4)
-    for s, kind in itertools.product((0.25, 0.5, 0.9), op.KINDS):
-        for values, cut in zip(setup.deciding[kind], setup.thresholds(s, kind), strict=True):
+    made = Setup(bench.find_shape("40,72"), torch.float32, 2, CPU, "auto", True, 4)
+    for s, kind in itertools.product((0.25, 0.5, 0.9), KINDS):
+        for values, cut in zip(made.deciding[kind], made.thresholds(s, kind), strict=True):
             assert float((values <= cut).float().mean()) == pytest.approx(s, abs=0.005)
 
 

@@ -27,7 +27,7 @@ from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
 from ..surgery import run_dense, set_backend, sparse_layers, state_of
 from .checks import WARM_TOKENS, check, kept, options_for
-from .rows import Probe, Row, commit, device_name, quantiles, versions
+from .rows import WEIGHTS, Probe, Row, commit, device_name, quantiles, versions
 
 _STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
@@ -301,6 +301,7 @@ def _rows(
                 device=device_name(model.device),
                 threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
                 dtype=str(model.dtype).removeprefix("torch."),
+                weights=WEIGHTS[model.dtype],
                 tokens=batch,
                 context=context,
                 sparsity=v.sparsity,

@@ -21,6 +21,8 @@ from .gpu import ReadKernel, gpu_seconds
 
 PROBE_BYTES = 256 * 2**20
 GPU_PROBE_BYTES = 2**32
+# What rows call weights that are not packed.
+WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference to the reference over its largest value; reduced precision also moves
 # activations that lie next to the threshold across it.
@@ -40,9 +42,11 @@ class Row:
             ``transformers``: dense in its own loop, for ``decode`` on GPUs. ``catsparse``: at
             sparsity 0 it keeps every neuron, by our kernel where the backend chose it.
             ``catsparse_preview4`` or ``8``: a gate preview of so many bits decides;
-            ``catsparse_product4`` or ``8``: a preview of gate and up, on the product. Or a peer's
-            name.
+            ``catsparse_product4`` or ``8``: a preview of gate and up, on the product.
+            ``catsparse_int8``, ``fp8`` or ``int4``: on packed weights. Or a peer's name.
         device: the product's name. threads: CPU threads used, 0 on a GPU.
+        dtype: of activations. weights: fp32, bf16, fp16, or the format of packed ones: int8, fp8,
+            int4.
         tokens: tokens a call, or sequences of a decode step.
         context: tokens of the prompt before a decode step; 0 for ``op``.
         sparsity: fraction of neurons dropped.
@@ -51,7 +55,8 @@ class Row:
         p20, p50, p80: order statistics over the rounds.
         limit: what reading the bytes alone would take at the bandwidth probed in the run.
         of_limit: time over limit (op) or rate over limit (decode).
-        vs_dense: speedup over the best dense of the run, torch or our own kernel.
+        vs_dense: speedup over the best dense of the run, torch or our own kernel; in ``op`` rows
+            of weights that are not packed.
         max_err: largest error against the reference, over its largest value.
     """
 
@@ -61,6 +66,7 @@ class Row:
     device: str
     threads: int
     dtype: str
+    weights: str
     tokens: int
     context: int
     sparsity: float

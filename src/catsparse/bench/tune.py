@@ -15,8 +15,9 @@ from ..kernels import Call
 from ..kernels.cuda import launch, why_not_cuda, why_not_sizes
 from ..kernels.stream import Plan, find_plan
 from .gpu import capture, gpu_seconds
-from .op import INPUTS, Setup, graph_calls
+from .op import graph_calls
 from .rows import TOLERANCE, commit, device_name, quantiles, versions
+from .setup import INPUTS, Setup
 from .shapes import Shape
 
 _PIECE = 16  # bytes, the kernel's

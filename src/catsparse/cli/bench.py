@@ -67,6 +67,9 @@ def op(
     preview: Annotated[
         int | None, typer.Option(help="Also with previews of so many bits, 4 or 8.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Also on packed weights, as int8,fp8,int4.")
+    ] = None,
     output: Output = Path("out/bench"),
     plot: Plot = False,
     json: Json = False,
@@ -76,7 +79,11 @@ def op(
     from ..bench import append_rows, bench_op, find_shape
     from ..bench.peers import index_select, load_peer
     from ..bench.rows import parse_dtype
+    from ..kernels import FORMATS
 
+    formats = [] if weights is None else weights.split(",")
+    for name in formats:
+        check_choice("--weights", name, tuple(FORMATS))
     make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
@@ -92,7 +99,7 @@ def op(
         for size, kind, count in cases:
             part = bench_op(
                 *(size, kind, wanted, count, where, rounds, backend, down_copy),
-                *(peers, preview, advance),
+                *(peers, preview, advance, formats),
             )
             append_rows(output / "rows.jsonl", part)
             rows += part
