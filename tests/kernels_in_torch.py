@@ -13,9 +13,11 @@ from torch import Tensor
 
 from catsparse.decoding import fused, structure
 from catsparse.kernels import (
+    MAX_OP_TOKENS,
     Backend,
     Call,
     Choice,
+    dequantize_weight,
     gated_mlp_reference,
     sparse_linear_reference,
 )
@@ -42,9 +44,11 @@ def linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    scales: Sequence[Tensor | None] = (),
 ) -> Tensor:
     x = rms(x, norm)
-    y = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+    floats = [dequantize_weight(w, s, x.dtype) for w, s in zip(weights, scales, strict=True)]
+    y = torch.cat([F.linear(x, w, b) for w, b in zip(floats, biases, strict=True)], dim=1)
     y = y if residual is None else residual + y
     return y if out is None else out.copy_(y)
 
@@ -119,7 +123,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def choose(module: SparseMLP | SparseLinear, *_: Any) -> Choice:
         dtype = next(module.parameters()).dtype
-        return Choice(Backend.CUDA, AUTO_TOKENS[dtype], "stands in for a GPU")
+        tokens = AUTO_TOKENS.get(dtype, MAX_OP_TOKENS)
+        return Choice(Backend.CUDA, tokens, "stands in for a GPU")
 
     monkeypatch.setattr(SparseMLP, "choose_backend", choose)
     monkeypatch.setattr(SparseLinear, "choose_backend", choose)

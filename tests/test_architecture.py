@@ -22,10 +22,12 @@ LAYERS = {
     "strict_json": 0,
     "files": 0,
     "config": 0,
+    "config_versions": 0,
     "data": 0,
     "kernels": 1,
     "card": 1,
     "sites": 2,
+    "quantized_linear": 2,
     "weights": 2,
     "inputs": 2,
     "linears": 2,
@@ -41,6 +43,7 @@ LAYERS = {
     "sensitivities": 2,
     "calibration": 3,
     "batches": 3,
+    "quantized": 3,
     "watching": 3,
     "observation": 3,
     "allocation": 3,
@@ -150,11 +153,13 @@ def test_no_cycles_between_siblings() -> None:
         done |= ready
 
 
-@pytest.mark.parametrize("name", ["config", "errors", "files", "strict_json", "_version"])
+@pytest.mark.parametrize(
+    "name", ["config", "config_versions", "errors", "files", "strict_json", "_version"]
+)
 def test_lowest_layer_needs_the_standard_library_only(name: str) -> None:
     path = PACKAGE / f"{name}.py"
     assert outside_imports(path) <= sys.stdlib_module_names
-    assert own_imports(path) <= {"errors", "footprint", "strict_json"}
+    assert own_imports(path) <= {"config_versions", "errors", "footprint", "strict_json"}
 
 
 def test_report_imports_no_torch() -> None:

@@ -639,7 +639,7 @@ def test_preview_and_second_decision_are_said(
     assert words in text
     assert "of down rows unread on the calibration tokens" in text
     told = json.loads(run(capsys, "info", twice, "--json")[1])
-    assert (told["preview"], told["down_sparsity"], told["format_version"]) == (4, 0.65, 3)
+    assert (told["preview"], told["down_sparsity"], told["format_version"]) == (4, 0.65, 4)
     assert told["measured_down_sparsity"] == pytest.approx(0.65, abs=0.01)
     assert told["bytes_skipped"] == pytest.approx((1 + 0.65) / 3 - 0.5625 / 6, abs=0.02)
 

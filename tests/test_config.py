@@ -148,6 +148,7 @@ def version_1() -> dict[str, Any]:
     for site in raw["sites"].values():
         for key in NEW_IN_SITES:
             del site[key]
+    del raw["calibration"]["weights"]
     return raw
 
 
@@ -157,10 +158,29 @@ def test_version_1_is_read() -> None:
 
 def test_version_2_is_read() -> None:
     raw = {k: v for k, v in payload().items() if k not in NEW_IN_3} | {"format_version": 2}
+    del raw["calibration"]["weights"]
     assert SparsityConfig.from_json(json.dumps(raw)) == example()
     assert "unknown keys ('scope') for format version 2" in refusal(
         json.dumps(raw | {"scope": "mlp"})
     )
+
+
+def test_version_3_is_read() -> None:
+    raw = payload() | {"format_version": 3}
+    with_key = json.dumps(raw)
+    del raw["calibration"]["weights"]
+    assert SparsityConfig.from_json(json.dumps(raw)) == example()
+    assert "unknown keys ('weights') for format version 3" in refusal(with_key)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_packed_weights_are_said(weights: str) -> None:
+    config = example(calibration=Provenance("books", 1000, 32, 0, "float32", weights))
+    assert SparsityConfig.from_json(config.to_json()) == config
+    assert config.weight_format == weights
+    assert f"{weights} weights" in config.described
+    assert example().weight_format is None
+    assert "weights must be one of" in refusal(edited("calibration/weights", "int3"))
 
 
 @pytest.mark.parametrize("key", NEW)

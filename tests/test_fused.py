@@ -125,6 +125,21 @@ def test_greedy_tokens(name: str, sparse: bool, device: str) -> None:
     check(make(name, device, sparse), tokens(1, 30))
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "llama, biases", "qwen3", "phi3"])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_packed_weights(weights: str, name: str, batch: int, device: str) -> None:
+    model = catsparse.quantize_weights(make(name, device), weights)
+    ids = tokens(batch, 30)
+    check(model, ids)
+    calibration = calibrate(model)
+    check(catsparse.sparsify(model, calibration, 0.6), ids)
+    catsparse.densify(model)
+    if weights != "int4":
+        calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
+        check(catsparse.sparsify(model, calibration, 0.6, "energy"), ids)
+
+
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The calls of the kernel from now on."""
     calls: list[Call] = []
@@ -167,8 +182,8 @@ def test_many_sequences_are_decided_by_the_exact_gate(
     calibration = catsparse.calibrate(model, tokens(8, 32, 7), preview=4, progress=False)
     step = step_of(catsparse.sparsify(model, calibration, 0.5, "energy"), batch)
     assert isinstance(step, FusedStep)
-    for weights in step._mlps:
-        assert (weights.preview is not None) == (weights.preview_scale is not None) == in_use
+    for of in step._decisions:
+        assert (of.preview is not None) == (of.preview_scale is not None) == in_use
 
 
 @pytest.mark.parametrize("batch", [1, 7, 9])
@@ -180,7 +195,7 @@ def test_method_product(batch: int, device: str, monkeypatch: pytest.MonkeyPatch
     calls = noted(monkeypatch)
     check(model, tokens(batch, 30))
     in_use = batch <= AUTO_TOKENS[torch.float32]
-    assert all((w.preview is not None) == in_use for w in last_step(model)._mlps)
+    assert all((w.preview is not None) == in_use for w in last_step(model)._decisions)
     assert not calls or calls[-1].previews_products
 
 
@@ -353,11 +368,11 @@ def test_batch_sizes_share_the_copies_of_dense_weights(device: str) -> None:
     one, two = step_of(model, 1), step_of(model, 2)
     assert isinstance(one, FusedStep)
     assert isinstance(two, FusedStep)
-    for mine, other in zip(one._mlps, two._mlps, strict=True):
-        assert mine[0].data_ptr() == other[0].data_ptr()
+    for mine, other in zip(one._weights, two._weights, strict=True):
+        assert mine.down_t.data_ptr() == other.down_t.data_ptr()
     halves = step_of(model.bfloat16(), 3)
     assert isinstance(halves, FusedStep)
-    assert halves._mlps[0][0].dtype == torch.bfloat16
+    assert halves._weights[0].down_t.dtype == torch.bfloat16
     del halves
     weights = [layer.mlp.down_proj.weight for layer in model.model.layers]
     model.float()
@@ -441,7 +456,7 @@ def test_parts_that_do_not_fit(device: str) -> None:
         assert "ValueError" in str(fused.build(model, state.cache, 1))
     attention.head_dim = size
     model.model.norm.to(torch.bfloat16)
-    assert "weights of torch.bfloat16" in str(fused.build(model, state.cache, 1))
+    assert "and of torch.bfloat16" in str(fused.build(model, state.cache, 1))
     del model.model.layers[1]
     assert "1 layers" in str(fused.build(model, state.cache, 1))
 

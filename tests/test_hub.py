@@ -995,6 +995,7 @@ def to_version_1(folder: Path) -> None:
             del raw[key]
         for part in raw["sites"].values():
             del part["product_threshold"], part["down_sparsity"]
+        del raw["calibration"]["weights"]
 
     edit_json(change)(folder)
     raw = json.loads((folder / CONFIG).read_text())

@@ -91,7 +91,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     calls: list[tuple[int, bool]] = []
 
     def watched(x: Tensor, *arguments: Any, backend: str) -> Tensor:
-        calls.append((x.numel() // x.shape[-1], arguments[-2] is not None))
+        calls.append((x.numel() // x.shape[-1], arguments[8] is not None))
         return gated_mlp(x, *arguments, backend=backend)
 
     monkeypatch.setattr(module_under_test, "gated_mlp", watched)

@@ -17,6 +17,7 @@ from .hub import load, save
 from .meter import achieved_sparsity
 from .observation import calibrate
 from .probing import measure_sensitivities
+from .quantized import quantize_weights
 from .sensitivities import Sensitivities
 from .surgery import densify, set_backend, sparsify
 
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "load",
     "measure_sensitivities",
+    "quantize_weights",
     "save",
     "set_backend",
     "sparsify",

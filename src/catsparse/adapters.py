@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import CatsparseError
+from .quantized_linear import QuantizedLinear
 from .strict_json import first_sentence
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -133,6 +134,11 @@ def fold_adapters(model: Any) -> Any:
             raise CatsparseError(
                 f"{name} shares its weight with {other}, which merging its adapter would change "
                 "too; load the model without merge_adapter"
+            )
+        if isinstance(layer.get_base_layer(), QuantizedLinear):
+            raise CatsparseError(
+                f"the adapter of {name} cannot be merged into packed weights; load the model "
+                "without merge_adapter"
             )
         try:
             layer.merge()

@@ -66,9 +66,9 @@ def allocate(
             measured with something else.
     """
     method = calibration.default_method() if method is None else method
-    read = Read(
-        calibration.preview_of(method), method == PRODUCT, item_size(calibration.provenance.dtype)
-    )
+    of = calibration.provenance
+    itemsize = footprint.weight_bytes(of.dtype, of.weights)
+    read = Read(calibration.preview_of(method), method == PRODUCT, itemsize)
     check_choice("allocation", allocation, ALLOCATIONS)
     sites = calibration.parts(method, scope)
     table = calibration.sensitivities
@@ -112,11 +112,6 @@ def check_budget(
         )
 
 
-def item_size(dtype: str) -> int:
-    """Bytes of a weight, as ``SparsityConfig.bytes_skipped`` counts them."""
-    return 4 if dtype.endswith("float32") else 2
-
-
 @dataclass(frozen=True)
 class Read:
     """What a decoded token reads but kept rows: a preview of so many bits, of the gate or of
@@ -124,7 +119,7 @@ class Read:
 
     preview: int | None
     of_products: bool
-    itemsize: int
+    itemsize: float
 
     def skippable(self, site: Site | InputSite) -> int:
         """Weights of the site that a sparsity of 1 would not read."""

@@ -24,6 +24,7 @@ def as_batches(
     seed: int,
     data_name: str,
     dtype: str,
+    weights: str | None,
 ) -> tuple[Iterable[Batch], int | None, Provenance]:
     """(batches, their number if known, provenance)."""
     if isinstance(data, str) or not isinstance(data, Iterable):
@@ -36,8 +37,8 @@ def as_batches(
         if data.dim() != 2 or data.numel() == 0 or data.is_floating_point():
             raise CatsparseError("token ids must be an integer tensor [windows, length]")
         batches = [{"input_ids": ids} for ids in data.split(batch_size)]
-        provenance = Provenance(data_name, data.numel(), data.shape[1], seed, dtype)
+        provenance = Provenance(data_name, data.numel(), data.shape[1], seed, dtype, weights)
         return batches, len(batches), provenance
     count = len(data) if isinstance(data, Sequence) else None
     given = cast("Iterable[Batch]", data)
-    return given, count, Provenance(data_name, 0, 0, seed, dtype)
+    return given, count, Provenance(data_name, 0, 0, seed, dtype, weights)

@@ -308,7 +308,10 @@ class Calibration:
                 sites = [build(Site, raw, "site") for raw in part["sites"]]
                 for site in sites:
                     check_choice(f"act of {shorten(site.name)}", site.act, ACTIVATIONS)
-                provenance = build(Provenance, part["provenance"], "provenance")
+                of = part["provenance"]
+                if isinstance(of, dict):  # older ones do not say
+                    of = {"weights": None, **of}
+                provenance = build(Provenance, of, "provenance")
                 preview, foretells = _read_preview(metadata), _read_foretold(metadata)
                 products_at = _read_products_at(metadata)
                 statistics = {

@@ -10,15 +10,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from .config_versions import FORMAT_VERSION, upgrade
 from .errors import CatsparseError
-from .footprint import bytes_skipped
+from .footprint import bytes_skipped, weight_bytes
 from .strict_json import build, parse_json, shorten
 
 CONFIG_NAME = "catsparse.json"
 CALIBRATION_NAME = "calibration.safetensors"
-FORMAT_VERSION = 3
 GATE_METHODS = ("cats", "chess", "energy")
 PRODUCT = "product"
 INPUT_METHODS = ("teal", "wina")
@@ -29,6 +28,7 @@ ALLOCATIONS = ("uniform", "greedy", "optimal")
 PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)
+WEIGHTS = ("int8", "fp8", "int4")
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -44,13 +44,22 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the calibration statistics came from."""
+    """Where the calibration statistics came from.
+
+    ``dtype`` is the model's, ``weights`` the format that its linear layers were packed in
+    (:func:`catsparse.quantize_weights`), None for floats.
+    """
 
     data: str
     tokens: int
     seq_len: int
     seed: int
     dtype: str
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            check_choice("weights", self.weights, WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,7 @@ class SparsityConfig:
         """The method and what goes with it, in words."""
         words = [self.method]
         words += ["compensated"] if self.compensate else []
+        words += [] if self.weight_format is None else [f"{self.weight_format} weights"]
         words += [] if self.preview is None else [f"{self.preview}-bit {self.decided_on} preview"]
         if self.down_sparsity is not None:
             words.append(f"{self.down_sparsity:.0%} of the down rows unread")
@@ -225,6 +235,11 @@ class SparsityConfig:
         return weights_of(self.scope)
 
     @property
+    def weight_format(self) -> str | None:
+        """The format of the weights that the thresholds belong to; None for floats."""
+        return self.calibration.weights if self.calibration else None
+
+    @property
     def input_sparsity(self) -> float | None:
         """Fraction of inputs dropped on the calibration tokens, by weight; None without inputs."""
         sizes = [part.in_features * part.out_features for part in self.inputs.values()]
@@ -239,7 +254,8 @@ class SparsityConfig:
 
         A preview's bytes count as read, against weights of the calibration's dtype.
         """
-        itemsize = 4 if self.calibration and self.calibration.dtype == "float32" else 2
+        dtype = self.calibration.dtype if self.calibration else ""
+        itemsize = weight_bytes(dtype, self.weight_format)
         of_products, skipped, total = self.method == PRODUCT, 0.0, 0
         for s in self.sites.values():
             sizes = (s.hidden_size, itemsize, of_products)
@@ -272,7 +288,7 @@ class SparsityConfig:
                 f"{source} has format version {version}, this catsparse reads up to "
                 f"{FORMAT_VERSION}: upgrade with 'pip install -U catsparse'"
             )
-        config: SparsityConfig = build(cls, _upgrade(raw, version, source), source)
+        config: SparsityConfig = build(cls, upgrade(raw, version, source), source)
         return config
 
     @classmethod
@@ -345,37 +361,3 @@ def check_preview(bits: int | None) -> None:
 def _check_fraction(what: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise CatsparseError(f"{what} is {value}; it must lie between 0 and 1")
-
-
-# Keys that came with a version of the format: of the file, and of each of its sites.
-_SINCE: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
-    2: (
-        dict.fromkeys(("down_sparsity", "measured_down_sparsity", "preview")),
-        dict.fromkeys(("product_threshold", "down_sparsity")),
-    ),
-    3: ({"inputs": {}, "scope": "mlp"}, {}),
-}
-
-
-def _upgrade(raw: dict[str, Any], version: int, source: str) -> dict[str, Any]:
-    """A file of an older version as this one has it; new keys in it are as unknown as any."""
-
-    def added(part: Any, keys: dict[str, Any], where: str) -> Any:
-        if not isinstance(part, dict):
-            return part  # build says what is wrong
-        if unknown := sorted(part.keys() & keys.keys()):
-            raise CatsparseError(
-                f"{where} has unknown keys ({', '.join(map(repr, unknown))}) for format version "
-                f"{version}; remove them or save it again"
-            )
-        return part | keys
-
-    for newer in range(version + 1, FORMAT_VERSION + 1):
-        of_file, of_site = _SINCE[newer]
-        raw = added(raw, of_file, source)
-        if isinstance(sites := raw.get("sites"), dict):
-            raw["sites"] = {
-                name: added(site, of_site, f"{source}: sites: {shorten(name)}")
-                for name, site in sites.items()
-            }
-    return raw | {"format_version": FORMAT_VERSION}

@@ -133,7 +133,10 @@ class Derived(Children):
                 self.down_transposed()
 
     def down_transposed(self) -> Tensor:
-        """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once."""
+        """w_down^T ``[I, H]`` with contiguous rows: the copy that the kernels read, made once, or
+        what is packed that way."""
+        if self.packed is not None:
+            return self.weight_of(self.site_down)
         down_t = self._catsparse_down_t  # read once: other threads may be decoding
         if down_t is None:
             weight = self.weight_of(self.site_down)

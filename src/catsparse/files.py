@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .errors import CatsparseError
@@ -44,3 +44,18 @@ def check_target(target: Path, merge: bool) -> None:
             f"{target} holds a whole model, whose weights would be read instead of the base "
             "model's; name another folder, or save with merge=True (--merge)"
         )
+
+
+def move_files(
+    staging: Path, target: Path, first: str, last: Sequence[str], old: Iterable[Path]
+) -> None:
+    """Move the files of ``staging`` to ``target``, ``first`` before and ``last`` after the others,
+    and remove those of ``old`` that were not written again."""
+    written = {path.name for path in staging.iterdir()}
+    order = {name: place for place, name in enumerate(last, 1)}
+    for file in sorted(written, key=lambda name: (name != first, order.get(name, 0), name)):
+        (staging / file).chmod(default_mode())
+        os.replace(staging / file, target / file)
+    for stale in old:
+        if stale.name not in written:
+            stale.unlink(missing_ok=True)

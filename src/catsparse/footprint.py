@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+# Of a packed weight, with the scales of int4's groups.
+PACKED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / 64}
+
+
+def weight_bytes(dtype: str, weights: str | None) -> float:
+    """Bytes of a weight of a model of this dtype, or packed in the format ``weights``."""
+    return (4 if dtype.endswith("float32") else 2) if weights is None else PACKED_BYTES[weights]
+
 
 def preview_bytes(hidden: int, bits: int) -> int:
     """Bytes of a neuron in a preview of one matrix: codes in groups of 64, scales in pieces of 16
@@ -15,7 +23,7 @@ def bytes_skipped(
     down_sparsity: float | None,
     preview: int | None,
     hidden: int,
-    itemsize: int,
+    itemsize: float,
     of_products: bool = False,
 ) -> float:
     """Fraction of one gated MLP's weight bytes that a decoded token does not read.

@@ -34,11 +34,12 @@ from .calibration import Calibration
 from .card import model_card
 from .config import CALIBRATION_NAME, CONFIG_NAME, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
-from .files import check_target, default_mode
+from .files import check_target, move_files
 from .merged_weights import write_weights
 from .methods import SiteThreshold
 from .modules import sparse_modules
 from .previews_file import PREVIEWS_NAME, StoredPreviews, write_previews
+from .quantized import quantize_weights, weights_of_model
 from .strict_json import first_sentence, shorten
 from .surgery import apply_thresholds, densify, sparse_layers, state_of, state_owner
 from .thresholds_file import read_threshold
@@ -135,19 +136,10 @@ def save_files(
 
 def _replace(staging: Path, target: Path, merge: bool) -> None:
     """Move the files of ``staging`` to ``target``, and remove there what they make stale."""
-    written = {path.name for path in staging.iterdir()}
-    # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
-    for file in sorted(written, key=_replacing_order):
-        (staging / file).chmod(default_mode())
-        os.replace(staging / file, target / file)
     old = [target / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREVIEWS_NAME)]
-    for stale in [*old, *(target.glob("model*.safetensors*") if merge else [])]:
-        if stale.name not in written:
-            stale.unlink(missing_ok=True)
-
-
-def _replacing_order(file: str) -> tuple[bool, bool, bool, str]:
-    return file != CALIBRATION_NAME, file == CONFIG_NAME, file == "config.json", file
+    old += target.glob("model*.safetensors*") if merge else []
+    # The tensors first: until catsparse.json follows, its digest says that they do not fit it.
+    move_files(staging, target, CALIBRATION_NAME, ("config.json", CONFIG_NAME), old)
 
 
 def load(
@@ -187,6 +179,8 @@ def load(
         )
     if sparse_layers(model):  # the given base was itself a merged directory
         densify(model)
+    if config.weight_format is not None and weights_of_model(model) is None:
+        quantize_weights(model, config.weight_format)
     apply_thresholds(model, config, thresholds, calibration)
     if (adapter := _find(str(directory), ADAPTER_CONFIG)) is not None:
         weights = _find(str(directory), ADAPTER_WEIGHTS)

@@ -201,7 +201,7 @@ class _Count:
         if module.why_not_preview() is not None:  # also where the weight cannot be read
             sparsity = 0.0 if of_products else self.sparsity  # the exact product needs all of up
             return bytes_skipped(sparsity, down_sparsity, None, hidden, 1)
-        bits, itemsize = module.catsparse_preview_bits, module.raw_gate_up()[0].dtype.itemsize
+        bits, itemsize = module.catsparse_preview_bits, module.weight_bytes
         return bytes_skipped(self.sparsity, down_sparsity, bits, hidden, itemsize, of_products)
 
 

@@ -28,7 +28,7 @@ from .kernels import (
 )
 from .shards import Sharded, find_shard
 from .sites import Site
-from .weights import device_of, may_copy
+from .weights import Weights, device_of, may_copy
 
 # Names that make a sparse class: gate, up, kind of activation, its child, down.
 Parts = tuple[str, str | None, str, str | None, str]
@@ -96,29 +96,27 @@ class SparseMLP(Derived):
         if few and self._op_applies(x):
             weights = self.raw_weights(x.dtype)
             if weights is not None and self._is_ready():
-                return self.forward_few(x, *weights)
+                return self.forward_few(x, weights)
         return self._masked(x)
 
-    def forward_few(self, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    def forward_few(self, x: Tensor, weights: Weights) -> Tensor:
         """The op on raw weights, for at most ``MAX_OP_TOKENS`` tokens."""
-        choice, w_down_t = self._catsparse_choice, w_down.t()
+        choice = self._catsparse_choice
         op = gated_mlp_reference
         preview, scale = self.catsparse_preview, self.catsparse_preview_scale
         few = 0 if choice is None else choice.op_tokens
         if few and x.numel() <= few * x.shape[-1]:
             op = partial(gated_mlp, backend=self.catsparse_backend.value)
             if self.catsparse_down_copy and (
-                self._catsparse_down_t is not None or may_copy(w_down)
+                self._catsparse_down_t is not None or may_copy(weights.down_t)
             ):
-                w_down_t = self.down_transposed()
+                weights = weights._replace(down_t=self.down_transposed())
             if not self.previews(x.numel() // x.shape[-1]):
                 preview = scale = None
         threshold, product = self.limits(preview)
         return op(
             x,
-            w_gate,
-            w_up,
-            w_down_t,
+            *weights[:3],
             threshold,
             self.site_act,
             self.catsparse_mean,
@@ -126,6 +124,7 @@ class SparseMLP(Derived):
             product,
             preview,
             scale,
+            *weights[3:],
         )
 
     def limits(self, preview: Tensor | None) -> tuple[Tensor, Tensor | None]:

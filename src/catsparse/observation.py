@@ -36,6 +36,7 @@ from .files import write_atomic
 from .inputs import InputSite, find_inputs, weight_norm
 from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
+from .quantized import weights_of_model
 from .shards import shards_of
 from .sites import Site, require_sites
 from .statistics import InputStatistics, Magnitudes, SiteStatistics
@@ -120,8 +121,10 @@ def calibrate(
                 "list of batches or token ids"
             )
     sites = require_sites(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     batches, total, provenance = as_batches(
-        data, tokenizer, tokens, seq_len, batch_size, seed, data_name, _dtype_name(model)
+        *(data, tokenizer, tokens, seq_len, batch_size, seed, data_name),
+        *(dtype, weights_of_model(model)),
     )
     previews = make_previews(model, sites, preview)
     shared = [site for site in find_inputs(model, sites) if inputs in _of(site)] if inputs else []
@@ -382,10 +385,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def _dtype_name(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -48,7 +48,7 @@ def write_previews(modules: Mapping[str, SparseMLP], path: Path) -> None:
             raise CatsparseError(
                 f"the preview of {shorten(name)} cannot be stored: {reason}; save it without it"
             )
-        gate, up = module.raw_gate_up()
+        gate, up = module.effective_gate_up()
         packed, scale = module.make_preview(bits, module.catsparse_of_products)
         tensors[f"{name}.preview"] = packed.cpu().contiguous()
         tensors[f"{name}.preview_scale"] = scale.cpu().contiguous()

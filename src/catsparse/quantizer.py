@@ -1,6 +1,7 @@
 """``quant_method: cats``: lets transformers itself restore a merged directory.
 
-transformers has one door for changing a model while it loads, its quantizers; nothing is quantized.
+transformers has one door for changing a model while it loads, its quantizers. Packed weights are
+loaded as they lie in the file; nothing is quantized.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import hub
 from .merged_weights import QUANT_METHOD
+from .quantized import prepare_to_load
 from .surgery import apply_thresholds, sparse_layers
 
 
@@ -36,7 +38,11 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Nothing: buffers set before the weights are loaded would not survive it."""
+        """Layers to load packed weights into. No thresholds: buffers set now would not survive."""
+        revision = getattr(model.config, "_commit_hash", None)
+        config = hub.read_artifact(model.config._name_or_path, revision)[0]
+        if config.weight_format is not None:
+            prepare_to_load(model, config.weight_format)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         source = model.config._name_or_path

@@ -23,6 +23,7 @@ from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import SparseMLP, sparse_modules
 from .observation import Run, evaluating
+from .quantized import weights_of_model
 from .shards import Sharded
 from .sites import Site
 from .surgery import SparseState, measured, state_of, state_owner, threshold_every_token
@@ -65,7 +66,9 @@ def recalibrate(
         )
     sites = sites_of(owner)
     dtype = dtype or str(next(owner.parameters()).dtype).removeprefix("torch.")
-    batches, total, provenance = as_batches(data, None, 0, 0, batch_size, seed, data_name, dtype)
+    batches, total, provenance = as_batches(
+        data, None, 0, 0, batch_size, seed, data_name, dtype, weights_of_model(owner)
+    )
     previews = make_previews(owner, sites, config.preview)
     run = Run(owner, sites, None, provenance, config.preview, [])
 

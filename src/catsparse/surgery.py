@@ -30,6 +30,7 @@ from .linears import SparseLinear, add_input_sparsity, remove_input_sparsity, sp
 from .methods import SiteThreshold
 from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from .previews_file import StoredPreviews
+from .quantized import check_weights
 from .sites import Site, require_sites
 from .strict_json import shorten
 from .weights import is_spread, why_no_matrix
@@ -235,6 +236,7 @@ def apply_thresholds(
     """Make every site of ``config`` sparse; nothing is changed if any of them does not fit.
     ``previews`` are used where they are those of the model's weights."""
     found = {site.name: site for site in require_sites(model)}
+    check_weights(model, config.weight_format, config.preview)
     for name, wanted in config.sites.items():
         _check_site(name, wanted, found)
     for name, shared in config.inputs.items():

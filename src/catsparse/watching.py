@@ -19,6 +19,7 @@ from .errors import CatsparseError
 from .inputs import InputSite
 from .kernels import ACTIVATIONS, dequantize, make_preview
 from .modules import SparseMLP
+from .quantized_linear import QuantizedLinear
 from .shards import find_shard, local_weight, why_no_shard
 from .sites import Site
 from .weights import effective_weight, why_no_matrix, why_not_plain_lora, why_not_readable
@@ -68,7 +69,8 @@ def down_norm(model: nn.Module, site: Site, option: str) -> Tensor:
     """
     down: Any = model.get_submodule(site.name).get_submodule(site.down)
     shard = find_shard(model.get_submodule(site.name), site)
-    reason = why_no_matrix(site.down, down, spread=shard is not None)
+    kind = QuantizedLinear if isinstance(down, QuantizedLinear) else nn.Linear
+    reason = why_no_matrix(site.down, down, kind, spread=shard is not None)
     if reason is not None and why_not_plain_lora(down) is not None:
         raise CatsparseError(
             f"the products of {site.name} cannot be scored ({reason}); calibrate without {option}"

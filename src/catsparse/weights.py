@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .kernels import Backend, Choice, Decisions, choose_backend, make_preview
+from .footprint import PACKED_BYTES
+from .kernels import (
+    Backend,
+    Choice,
+    Decisions,
+    choose_backend,
+    dequantize_weight,
+    format_of,
+    make_preview,
+)
+from .quantized_linear import QuantizedLinear
 
 Version = tuple[StorageWeakRef, int, int]
 Key = tuple[Version, ...]
+
+
+class Weights(NamedTuple):
+    """What the gated MLP's op takes of an MLP: gate and up ``[I, H]``, down_t ``[I, H_out]``, in
+    floats or packed with their scales; see :func:`catsparse.kernels.gated_mlp`."""
+
+    gate: Tensor
+    up: Tensor
+    down_t: Tensor
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def format(self) -> str | None:
+        """Of packed ones; None for floats."""
+        return format_of(self.gate)
+
+    def floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(gate, up, down_t) in ``dtype``."""
+        pairs = zip(self[:3], self[3:], strict=True)
+        gate, up, down_t = (dequantize_weight(w.detach(), s, dtype).to(dtype) for w, s in pairs)
+        return gate, up, down_t
 
 
 class Children(nn.Module):
@@ -23,24 +56,50 @@ class Children(nn.Module):
     site_act_child: ClassVar[str | None]
     site_down: ClassVar[str]
 
-    def raw_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(w_gate ``[I, H]``, w_up ``[I, H]``, w_down ``[H, I]``), or None if unreadable."""
+    def raw_weights(self, dtype: torch.dtype) -> Weights | None:
+        """What the op takes, or None if unreadable. down_t is a transposed view, or packed."""
         if self.why_not_raw(dtype) is not None:
             return None
-        return (*self.raw_gate_up(), self.weight_of(self.site_down))
+        gate, up = self.raw_gate_up()
+        down = self.weight_of(self.site_down)
+        scales = [self.scale_of(name) for name in self._children()]
+        if scales[0] is None:
+            return Weights(gate, up, down.t())
+        if self.site_up is None:
+            half = gate.shape[0]
+            scales = [scales[0][:half], scales[0][half:], scales[1]]
+        return Weights(gate, up, down, *scales)
 
     def raw_gate_up(self) -> tuple[Tensor, Tensor]:
-        """(w_gate, w_up), each ``[I, H]``, which must be readable."""
+        """(w_gate, w_up), each ``[I, H]``, which must be readable; packed ones as they are."""
         gate = self.weight_of(self.site_gate)
         if self.site_up is not None:
             return gate, self.weight_of(self.site_up)
         half = gate.shape[0] // 2
         return gate[:half], gate[half:]
 
+    def scale_of(self, name: str) -> Tensor | None:
+        """The scales of a child whose weight is packed; None for floats."""
+        child = getattr(self, name)
+        return child.weight_scale if isinstance(child, QuantizedLinear) else None
+
+    @property
+    def packed(self) -> str | None:
+        """The format of the children's weights, adapters aside; None for floats."""
+        child = _base_of(getattr(self, self.site_down))
+        return child.weights if isinstance(child, QuantizedLinear) else None
+
     def weight_of(self, name: str) -> Tensor:
         """The weight of a child that :meth:`why_not_child` says can be read."""
         weight: Tensor = getattr(self, name).weight
         return weight
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a weight."""
+        if (packed := self.packed) is not None:
+            return PACKED_BYTES[packed]
+        return self.weight_of(self.site_down).dtype.itemsize
 
     @property
     def own_neurons(self) -> int:
@@ -97,7 +156,18 @@ class Children(nn.Module):
             reason = self.why_not_child(name, dtype)
             if reason is not None:
                 return reason
-        return None
+        return self._why_not_alike()
+
+    def _why_not_alike(self) -> str | None:
+        """Why weights that are packed do not go into one call; None if they do."""
+        packed = [getattr(self, name) for name in self._children()]
+        kinds = {c.weights if isinstance(c, QuantizedLinear) else None for c in packed}
+        if len(kinds) > 1:
+            return "its weights are of several formats"
+        if kinds == {None}:
+            return None
+        by_input = [c.by_input for c in packed]
+        return None if by_input == [False] * (len(packed) - 1) + [True] else "they lie otherwise"
 
     def why_not_child(self, name: str, dtype: torch.dtype | None = None) -> str | None:
         """Why a child must be called instead of reading its weight; None if it need not."""
@@ -108,17 +178,23 @@ class Children(nn.Module):
         weight = self.weight_of(self.site_down)
         mean = mean.to(weight.device)
         # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
+        if (scale := self.scale_of(self.site_down)) is not None:
+            parts = zip(weight.split(1024), scale.split(1024), mean.split(1024), strict=True)
+            bias = [m @ dequantize_weight(w, s, torch.float32) for w, s, m in parts]
+            return torch.stack(bias).sum(0)
         return torch.cat([rows.float() @ mean for rows in weight.split(1024)])
 
     def choose_backend(self, asked: Backend, down_copy: bool) -> Choice:
         """What this layer would run if ``asked`` to; its weights must be readable, or sums of such
         ones with adapters."""
-        weight = self.weight_of(self.site_down)
-        columns, neurons = weight.shape
-        hidden: int = getattr(self, self.site_gate).weight.shape[1]
-        sizes = hidden, neurons, columns
-        choice = choose_backend(asked, weight.device, weight.dtype, sizes, self.decisions())
-        if choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
+        gate, down = (_base_of(getattr(self, name)) for name in (self.site_gate, self.site_down))
+        packed, device = self.packed, down.weight.device
+        dtype = down.weight.dtype if packed is None else down.compute_dtype
+        sizes = gate.in_features, down.in_features, down.out_features
+        if packed is None:  # of a model spread over processes these are the rank's
+            sizes = gate.weight.shape[1], down.weight.shape[1], down.weight.shape[0]
+        choice = choose_backend(asked, device, dtype, sizes, self.decisions(), packed)
+        if packed is None and choice.backend in (Backend.CUDA, Backend.TRITON) and not down_copy:
             reason = f"the {choice.backend.value} kernel needs the copy of the down projection"
             return Choice(Backend.TORCH, 0, reason)
         return choice
@@ -139,6 +215,11 @@ class Children(nn.Module):
         return tuple(key)
 
 
+def _base_of(child: Any) -> Any:
+    """A layer below its adapters."""
+    return getattr(child, "base_layer", child)
+
+
 def why_not_readable(
     name: str, child: nn.Module, dtype: torch.dtype | None = None, spread: bool = False
 ) -> str | None:
@@ -149,14 +230,15 @@ def why_not_readable(
         dtype: of its input; None for its own.
         spread: whether its weight may be spread over processes, and its forward replaced for that.
     """
-    reason = why_no_matrix(name, child, spread=spread)
+    packed = type(child) is QuantizedLinear
+    reason = why_no_matrix(name, child, QuantizedLinear if packed else nn.Linear, spread)
     if reason is not None:
         return reason
     if child.bias is not None:
         return f"{name} has a bias"
     if (reason := _why_hooked(name, child, spread)) is not None:
         return reason
-    if dtype is not None and child.weight.dtype != dtype:
+    if dtype is not None and not packed and child.weight.dtype != dtype:
         return f"{name} is {child.weight.dtype}, its input {dtype}"
     return None
 
@@ -207,8 +289,12 @@ def _adapters(child: Any) -> list[str]:
 @torch.no_grad()
 def effective_weight(child: Any) -> Tensor:
     """What ``child``, a linear or a plain LoRA layer on one, multiplies by: the base's dtype, and
-    bit for bit what merging the adapters would leave there."""
-    weight: Tensor = child.weight.detach()
+    bit for bit what merging the adapters would leave there; a packed one in floats."""
+    base = _base_of(child)
+    if isinstance(base, QuantizedLinear):
+        weight = base.dequantized(base.compute_dtype)
+    else:
+        weight = child.weight.detach()
     for name in _adapters(child):
         weight = (weight + child.get_delta_weight(name)).to(weight.dtype)
     return weight

@@ -136,12 +136,12 @@ def _expected(name: str, module: SparseMLP | SparseLinear, x: Tensor) -> Tensor:
         raise CatsparseError(
             f"{name} cannot run the kernel ({module.why_not_raw(x.dtype)}); merge or convert first"
         )
-    gate, up, down = (w.detach().float() for w in weights)
-    bias = None if module.catsparse_mean is None else down @ module.catsparse_mean
+    gate, up, down_t = weights.floats(torch.float32)
+    bias = None if module.catsparse_mean is None else module.catsparse_mean @ down_t
     threshold, product = module.limits(module.catsparse_preview)
     return gated_mlp_reference(
         x.float(),
-        *(gate, up, down.t(), threshold, module.site_act),
+        *(gate, up, down_t, threshold, module.site_act),
         *(module.catsparse_mean, bias, product),
         *(module.catsparse_preview, module.catsparse_preview_scale),
     )

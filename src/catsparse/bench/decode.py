@@ -25,6 +25,8 @@ from ..footprint import bytes_skipped
 from ..linears import sparse_linears
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
+from ..quantized import weights_of_model
+from ..quantized_linear import QuantizedLinear
 from ..surgery import run_dense, set_backend, sparse_layers, state_of
 from .checks import WARM_TOKENS, check, kept, options_for
 from .rows import WEIGHTS, Probe, Row, commit, device_name, quantiles, versions
@@ -183,17 +185,17 @@ def _variant(
     if all(choice and prompt.shape[0] <= choice.kernel_tokens for choice in choices):
         seen = kept(model, prompt)
         if modules:
-            gate, _ = next(iter(modules)).raw_gate_up()
+            one = next(iter(modules))
             all_of_up = previews is None and config.method == PRODUCT
             share = bytes_skipped(
                 0.0 if all_of_up else 1 - seen.first,
                 1 - seen.down if down_copy else 0.0,
                 None if previews is None else calibration.preview,
-                gate.shape[1],
-                gate.element_size(),
+                getattr(one, one.site_gate).in_features,
+                one.weight_bytes,
                 of_products=config.method == PRODUCT,
             )
-            variant.unread += share * sum(p.nbytes for m in modules for p in m.parameters())
+            variant.unread += share * sum(map(_stored_bytes, modules))
         variant.unread += seen.input_bytes if down_copy else 0.0
     variant.max_err = check(model, prompt)
     return variant
@@ -266,10 +268,17 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
     see :func:`cache_bytes`.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = _stored_bytes(model)
     if embedding is not head:
-        total -= embedding.numel() * embedding.element_size()
-    return total, sum(p.nbytes for m in sparse_layers(model).values() for p in m.parameters())
+        total -= embedding.nbytes
+    return total, sum(_stored_bytes(layer) for layer in sparse_layers(model).values())
+
+
+def _stored_bytes(model: Any) -> int:
+    """Of parameters, and of packed weights' scales."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    scales: int = sum(layer.weight_scale.nbytes for layer in layers)
+    return scales + sum(int(p.nbytes) for p in model.parameters())
 
 
 def cache_bytes(model: Any, slots: int) -> int:
@@ -301,7 +310,7 @@ def _rows(
                 device=device_name(model.device),
                 threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
                 dtype=str(model.dtype).removeprefix("torch."),
-                weights=WEIGHTS[model.dtype],
+                weights=weights_of_model(model) or WEIGHTS[model.dtype],
                 tokens=batch,
                 context=context,
                 sparsity=v.sparsity,

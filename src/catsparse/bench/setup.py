@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CatsparseError
-from ..footprint import bytes_skipped
+from ..footprint import PACKED_BYTES, bytes_skipped
 from ..kernels import (
     ACTIVATIONS,
     dequantize,
@@ -29,8 +29,6 @@ from .shapes import Shape
 
 INPUTS = 8  # different inputs, each with every layer in turn
 MAX_LAYERS = 256
-# Bytes of a packed weight, with the scales of its group.
-BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / 64}
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -93,7 +91,7 @@ class Setup:
         self.shape, self.dtype, self.tokens, self.device = shape, dtype, tokens, device
         self.down_copy, self.bits = down_copy, preview
         self.backend = backend
-        sizes = {"": dtype.itemsize, **{name: BYTES[name] for name in formats}}
+        sizes = {"": dtype.itemsize, **{name: PACKED_BYTES[name] for name in formats}}
         self.weight_bytes = {k: 3 * shape.hidden * shape.intermediate * n for k, n in sizes.items()}
         torch.manual_seed(0)
         # Even a call that drops everything reads the gate, a third of the bytes.
@@ -209,6 +207,7 @@ class Setup:
 
     def sparse_packed(self, sparsity: float, name: str) -> Callable[[int, Tensor], Tensor]:
         thresholds, layers = self.thresholds(sparsity, name), self.packed[name]
+
         def call(layer: int, x: Tensor) -> Tensor:
             (gate, up, down_t), (gate_scale, up_scale, down_scale) = layers[layer]
             return gated_mlp(
@@ -229,8 +228,8 @@ class Setup:
     def weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         weights = self.modules[layer].raw_weights(self.dtype)
         assert weights is not None
-        gate, up, down = weights
-        return gate.detach(), up.detach(), down.detach()
+        gate, up, down_t = (w.detach() for w in weights[:3])
+        return gate, up, down_t.t()
 
     def _unpacked(self, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(w_gate, w_up, w_down_t) of the first layer, as a variant of this kind has them."""

@@ -19,6 +19,7 @@ from ..config import (
     DEFAULT_METHOD,
     PRODUCT,
     SCOPES,
+    WEIGHTS,
     check_choice,
     check_method,
     check_preview,
@@ -79,11 +80,10 @@ def op(
     from ..bench import append_rows, bench_op, find_shape
     from ..bench.peers import index_select, load_peer
     from ..bench.rows import parse_dtype
-    from ..kernels import FORMATS
 
     formats = [] if weights is None else weights.split(",")
     for name in formats:
-        check_choice("--weights", name, tuple(FORMATS))
+        check_choice("--weights", name, WEIGHTS)
     make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
@@ -132,6 +132,9 @@ def decode(
         typer.Option(help=f"{DEFAULT_METHOD} unless given; {PRODUCT} needs --preview."),
     ] = None,
     scope: Scope = "mlp",
+    weights: Annotated[
+        str | None, typer.Option(help="Format to pack the weights in: int8, fp8 or int4.")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also dense by the compiled step; needs a GPU.")
     ] = False,
@@ -151,6 +154,8 @@ def decode(
     check_preview(preview)
     check_method(method or DEFAULT_METHOD, preview, None)
     check_choice("scope", scope, SCOPES)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
     from ..bench import append_rows, bench_decode
     from ..surgery import state_of
 
@@ -166,7 +171,8 @@ def decode(
         raise CatsparseError("--compile needs a GPU; leave it out")
     make = random_weights if config is not None else real_weights
     name = config or model or ""
-    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), preview, method, scope)
+    settings = preview, method, scope, weights
+    sparse, prompts = make(name, dtype, str(where), lengths, max(batches), *settings)
     rows = []
     variants = len({0.0, *wanted}) + 1 + (where.type == "cuda") + compile
     of = state_of(sparse).config

@@ -18,6 +18,7 @@ def random_weights(
     preview: int | None,
     method: str | None,
     scope: str,
+    weights: str | None,
 ) -> tuple[Any, dict[int, Any]]:
     """A sparse model of a shape, and ``count`` prompts of each length."""
     import torch
@@ -27,11 +28,14 @@ def random_weights(
     from ..bench.shapes import random_model
     from ..inputs import inputs_needed
     from ..observation import calibrate
+    from ..quantized import quantize_weights
     from ..surgery import sparsify
 
     shape = find_shape(name)
     err.print(f"making random weights of the shape {name} and calibrating them", style="dim")
     model = random_model(shape, parse_dtype("float32" if dtype == "auto" else dtype), device)
+    if weights is not None:
+        quantize_weights(model, weights)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab, (4, 128), generator=generator)
     chosen = method or DEFAULT_METHOD
@@ -52,20 +56,27 @@ def real_weights(
     preview: int | None,
     method: str | None,
     scope: str,
+    weights: str | None,
 ) -> tuple[Any, dict[int, Any]]:
     """The same of a checkpoint or of a sparse folder."""
     from .. import hub
     from ..inputs import inputs_needed
     from ..observation import calibrate
+    from ..quantized import quantize_weights
     from ..surgery import sparsify
     from .common import token_windows
 
-    given = (("preview", preview), ("method", method), ("scope", None if scope == "mlp" else scope))
+    given = (
+        *(("preview", preview), ("method", method), ("weights", weights)),
+        ("scope", None if scope == "mlp" else scope),
+    )
     for option, value in given:
         if hub.is_artifact(name) and value is not None:
             raise CatsparseError(f"{name} has the {option} it was saved with; leave --{option} out")
     model, tokenizer = load(name, device, dtype)
     if not hub.is_artifact(name):
+        if weights is not None:
+            quantize_weights(model, weights)
         windows, source = token_windows(None, "calibration", tokenizer, 8192, 512, 0, "text")
         chosen = method or DEFAULT_METHOD
         inputs = inputs_needed(chosen, scope)

@@ -16,6 +16,7 @@ from ..config import (
     PREFILL_POLICIES,
     PRODUCT,
     SCOPES,
+    WEIGHTS,
     check_choice,
     check_down_sparsity,
     check_method,
@@ -96,6 +97,13 @@ def sparsify(
     prefill: Annotated[
         str, typer.Option(help=f"{' or '.join(PREFILL_POLICIES)} treatment of the prompt.")
     ] = "masked",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Format to pack the linear layers' weights in, one of {', '.join(WEIGHTS)}; "
+            "calibrated afterwards."
+        ),
+    ] = None,
     data: Data = None,
     column: Column = "text",
     tokens: Tokens = 100_000,
@@ -122,12 +130,16 @@ def sparsify(
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_choice("scope", scope, SCOPES)
     check_preview(preview)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
+    if weights == "int4" and preview is not None:
+        raise CatsparseError("int4 weights are their own preview; leave --preview out")
     check_target(output, merge)
     if store_preview and not merge:
         raise CatsparseError("--store-preview writes beside the weights; give --merge as well")
     if store_preview and preview is None and not (Path(model) / CONFIG_NAME).is_file():
         raise CatsparseError("there is no preview to store; give --preview 4 as well")
-    from ..allocation import Read, check_budget, check_reachable, item_size
+    from ..allocation import Read, check_budget, check_reachable
 
     check_budget(sparsity, bytes_skipped, allocation, down_sparsity)
     sparsity = 0.5 if sparsity is None and bytes_skipped is None else sparsity
@@ -135,9 +147,11 @@ def sparsify(
         check_down_sparsity(down_sparsity, sparsity)
     from .. import hub
     from ..calibration import Calibration, GateDecision
+    from ..footprint import weight_bytes
     from ..inputs import find_inputs, inputs_needed, select_parts
     from ..observation import calibrate
     from ..probing import GRID, TOKENS, measure_sensitivities, split_windows
+    from ..quantized import quantize_weights
     from ..sites import describe, find_sites, require_sites
     from ..surgery import densify, state_of
     from ..surgery import sparsify as sparsify_model
@@ -147,7 +161,7 @@ def sparsify(
     if hub.is_artifact(model):
         refuse_options(
             context,
-            ("data", "column", "tokens", "seq_len", "batch_size", "seed"),
+            ("data", "column", "tokens", "seq_len", "batch_size", "seed", "weights"),
             f"{model} brings its own calibration; name the dense model to calibrate again",
         )
         sparse, tokenizer = load(model, device, dtype, merge_adapter=merge)
@@ -177,6 +191,8 @@ def sparsify(
         if method is not None:
             check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
+        if weights is not None:
+            quantize_weights(dense, weights)
     if calibration is None:
         products = preview is not None and method in (None, PRODUCT)
         chosen = method or (PRODUCT if products else DEFAULT_METHOD)
@@ -187,7 +203,7 @@ def sparsify(
             parts = select_parts(
                 {s.name: s for s in sites}, {s.name: s for s in shared}, chosen, scope
             )
-            read = Read(preview, products, item_size(str(dense.dtype)))
+            read = Read(preview, products, weight_bytes(str(dense.dtype), weights))
             check_reachable(parts, read, bytes_skipped, GRID[-1] if probing else 1.0)
         more = max(1, TOKENS // seq_len) * seq_len if probing else 0
         windows, data_name = token_windows(
@@ -245,6 +261,7 @@ def sparsify(
         "method": config.method,
         "compensate": compensate,
         "preview": config.preview,
+        "weights": config.weight_format,
         "allocation": allocation,
         "scope": scope,
         "sparsity": config.measured_sparsity,
@@ -262,6 +279,7 @@ def sparsify(
         return
     if left_dense:
         err.print(f"left dense: {left_dense}", highlight=False, markup=False, soft_wrap=True)
+    packed = f" of {config.weight_format} weights" if config.weight_format else ""
     by_preview = f" by a {config.preview}-bit {config.decided_on} preview" if config.preview else ""
     unread = config.measured_down_sparsity
     lines = []
@@ -274,7 +292,7 @@ def sparsify(
             spread = f" ({min(shares):.1%} to {max(shares):.1%})" if allocation != "uniform" else ""
             lines.append(f"{len(shares)} {layers}, {mean:.1%} of {what} dropped{spread}")
     out.print(
-        f"{output}: {'; '.join(lines)}{by_preview}, "
+        f"{output}: {'; '.join(lines)}{packed}{by_preview}, "
         f"{'' if unread is None else f'{unread:.1%} of down rows unread, '}"
         f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"

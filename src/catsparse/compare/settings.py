@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..allocation import Read, check_reachable, item_size
+from ..allocation import Read, check_reachable
 from ..config import (
     ALLOCATIONS,
     METHODS,
@@ -18,8 +18,10 @@ from ..config import (
     check_preview,
 )
 from ..errors import CatsparseError
+from ..footprint import weight_bytes
 from ..inputs import find_inputs, inputs_needed, select_parts
 from ..probing import GRID
+from ..quantized import weights_of_model
 from ..sites import require_sites
 
 # What the exact gate skips when it drops 50, 70 and 90% of the neurons.
@@ -89,7 +91,7 @@ def check_settings(model: Any, settings: Sequence[Setting]) -> None:
     needed = any(inputs_needed(s.method, s.scope) for s in settings)
     inputs = find_inputs(model, list(sites.values())) if needed else []
     shared = {site.name: site for site in inputs}
-    itemsize = item_size(str(model.dtype))
+    itemsize = weight_bytes(str(model.dtype), weights_of_model(model))
     for s in settings:
         most = 1.0 if s.allocation == "uniform" else GRID[-1]
         parts = select_parts(sites, shared, s.method, s.scope)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,23 +21,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..kernels import Call, gated_mlp, sparse_linear_reference
 from ..kernels.attention import Scratch, attention
 from ..kernels.cuda import launch
+from ..kernels.formats import columns_of
 from ..kernels.linear import linear
 from ..kernels.sparse_linear_cuda import launch_sparse_linear
 from ..kernels.stream import Norm, rms_norm
 from ..linears import SparseLinear
 from ..surgery import run_dense
+from ..weights import Weights
 from .cache import WindowCache
 from .step import ModelStep, State
-from .structure import Decoder, Layer, Mlp, NotPlain, find_decoder
+from .structure import Decoder, Layer, Matrix, Mlp, NotPlain, find_decoder
 
 # Of a layer's update, beside the rounding of its output.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-class _Weights(NamedTuple):
-    """What a layer's gated MLP takes beside its gate and up."""
+class _Decision(NamedTuple):
+    """What decides in a layer's gated MLP, and what stands in for dropped neurons."""
 
-    down_t: Tensor
     threshold: Tensor
     mean: Tensor | None = None
     bias: Tensor | None = None
@@ -72,8 +73,8 @@ class FusedStep:
     def __init__(self, decoder: Decoder, cache: WindowCache, batch: int) -> None:
         self.decoder = decoder
         self._few = batch <= decoder.few
-        device, dtype = decoder.head.device, decoder.dtype
-        hidden = decoder.head.shape[1]
+        device, dtype = decoder.device, decoder.dtype
+        hidden = columns_of(decoder.head.weight)
         width = decoder.heads * decoder.head_size
         wide = width + 2 * decoder.kv_heads * decoder.head_size
 
@@ -93,38 +94,44 @@ class FusedStep:
         self._keep_all = torch.tensor(-1.0, device=device)
         if cosines.dtype != dtype or sines.dtype != dtype:
             raise NotPlain(f"its rotary embedding is {cosines.dtype}, its weights {dtype}")
-        self._mlps = [self._weights(layer.mlp) for layer in decoder.layers]
+        self._weights = [self._laid_out(layer.mlp) for layer in decoder.layers]
+        self._decisions = [self._decision(layer.mlp) for layer in decoder.layers]
         self._inputs = [self._shared(layer) for layer in decoder.layers]
 
     def refresh(self) -> None:
         """Before a prompt: copies of dense weights follow what was written through ``.data``."""
-        for weights, layer in zip(self._mlps, self.decoder.layers, strict=True):
-            if layer.mlp.module is None:
-                weights[0].copy_(layer.mlp.down.detach().t())
+        for copy, down_t in self._copies():
+            copy.copy_(down_t)
 
     @property
     def nbytes(self) -> int:
         """Bytes of buffers, tables and transposed copies that dense MLPs have none of."""
         own = (self._x, self._h, self._qkv, self._attended, self._cosines, self._sines)
-        pairs = zip(self._mlps, self.decoder.layers, strict=True)
-        copies = [weights[0] for weights, layer in pairs if layer.mlp.module is None]
+        copies = [copy for copy, _ in self._copies()]
         return sum(t.nbytes for t in (*own, self._scratch.partial, *copies))
+
+    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Transposed copies that are ours, and what they are copies of."""
+        for weights, layer in zip(self._weights, self.decoder.layers, strict=True):
+            if layer.mlp.down is not None:
+                yield weights.down_t, layer.mlp.down.detach().t()
 
     def __call__(self, tokens: Tensor, state: State) -> Tensor:
         x = self._x.copy_(self.decoder.embed(tokens[:, 0]))
-        for index, (weights, inputs) in enumerate(zip(self._mlps, self._inputs, strict=True)):
-            self._layer(index, x, state, weights, inputs)
+        pairs = zip(self._decisions, self._inputs, strict=True)
+        for index, (decision, inputs) in enumerate(pairs):
+            self._layer(index, x, state, decision, inputs)
         return self._logits(x)
 
     def _layer(
-        self, index: int, x: Tensor, state: State, weights: _Weights, inputs: _Shared
+        self, index: int, x: Tensor, state: State, decision: _Decision, inputs: _Shared
     ) -> None:
         """One layer, in place."""
         layer: Layer = self.decoder.layers[index]
         cached: Any = state.cache.layers[index]
         of_qkv, of_o = inputs
         if of_qkv is None:
-            qkv = self._product(x, layer.qkv, layer.qkv_bias, layer.norm, out=self._qkv)
+            qkv = self._product(x, layer.qkv, layer.norm, out=self._qkv)
         else:
             qkv = self._sparse_product(x, of_qkv, layer.norm, out=self._qkv)
         attended = attention(
@@ -143,11 +150,11 @@ class FusedStep:
             self._attended,
         )
         if of_o is None:
-            h = self._product(attended, (layer.o,), (layer.o_bias,), residual=x, out=self._h)
+            h = self._product(attended, (layer.o,), residual=x, out=self._h)
         else:
             h = self._sparse_product(attended, of_o, residual=x, out=self._h)
-        mlp = layer.mlp
-        call = Call(h, mlp.gate, mlp.up, *weights[:2], mlp.act, *weights[2:])
+        mlp, weights = layer.mlp, self._weights[index]
+        call = Call(h, *weights[:3], decision[0], mlp.act, *decision[1:], *weights[3:])
         if not self._few:
             call = call._replace(x=rms_norm(h, layer.mlp_norm))
             torch.add(h, gated_mlp(*call), out=x)
@@ -156,23 +163,31 @@ class FusedStep:
 
     def _logits(self, x: Tensor) -> Tensor:
         decoder = self.decoder
-        return self._product(x, (decoder.head,), (decoder.head_bias,), decoder.norm)
+        return self._product(x, (decoder.head,), decoder.norm)
 
     def _product(
         self,
         x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
+        matrices: Sequence[Matrix],
         norm: Norm | None = None,
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """:func:`catsparse.kernels.linear.linear`, by torch for many sequences."""
+        """:func:`catsparse.kernels.linear.linear`; for many sequences by torch or, of packed
+        weights, some at a time."""
+        weights, biases, scales = zip(*matrices, strict=True)
         if self._few:
-            return linear(x, weights, biases, norm, residual, out)
+            return linear(x, weights, biases, norm, residual, out, scales)
+        if scales[0] is not None:
+            y = x.new_empty(len(x), sum(len(w) for w in weights)) if out is None else out
+            added = [None] * len(x) if residual is None else residual.split(self.decoder.few)
+            parts = zip(x.split(self.decoder.few), added, y.split(self.decoder.few), strict=False)
+            for part, more, to in parts:
+                linear(part, weights, biases, norm, more, to, scales)
+            return y
         x = x if norm is None else rms_norm(x, norm)
-        parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        products = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         y = y if residual is None else residual + y
         return y if out is None else out.copy_(y)
 
@@ -214,23 +229,31 @@ class FusedStep:
 
         return of(layer.qkv_sparse), of(layer.o_sparse)
 
-    def _weights(self, mlp: Mlp) -> _Weights:
+    def _laid_out(self, mlp: Mlp) -> Weights:
+        """With the rows of down_t contiguous."""
+        if mlp.down is not None:
+            return mlp.weights._replace(down_t=_transposed(mlp.down))
+        if mlp.module is None:
+            return mlp.weights
+        mlp.module.prepare_decode()  # the weights may have changed since
+        return mlp.weights._replace(down_t=mlp.module.down_transposed())
+
+    def _decision(self, mlp: Mlp) -> _Decision:
         """A dense MLP is one that keeps every neuron."""
         module = mlp.module
         if module is None:
-            return _Weights(_transposed(mlp.down), self._keep_all)
-        module.prepare_decode()  # the weights may have changed since
+            return _Decision(self._keep_all)
+        module.prepare_decode()
         if module.catsparse_mean is not None and module.catsparse_bias is None:
             module.refresh()
-        down_t = module.down_transposed()
         if not module.catsparse_enabled:
-            return _Weights(down_t, self._keep_all)
+            return _Decision(self._keep_all)
         preview, scale = module.catsparse_preview, module.catsparse_preview_scale
         if not module.previews(len(self._x)):
             preview = scale = None  # the exact weights decide, as in the module
         threshold, product = module.limits(preview)
         compensation = module.catsparse_mean, module.catsparse_bias
-        return _Weights(down_t, threshold, *compensation, product, preview, scale)
+        return _Decision(threshold, *compensation, product, preview, scale)
 
     @classmethod
     def try_build(cls, model: Any, cache: WindowCache, batch: int) -> FusedStep | None:
@@ -314,7 +337,7 @@ def _compare_layers(model: Any, step: FusedStep, cache: WindowCache, batch: int,
     Both dense: a gate next to its threshold may be decided either way, and a real difference would
     drown in that. Both write the slot that the next step overwrites.
     """
-    device, vocabulary = step.decoder.head.device, step.decoder.head.shape[0]
+    device, vocabulary = step.decoder.device, step.decoder.head.weight.shape[0]
     # No special tokens, which often come with outsized activations.
     ids = (part * vocabulary // 3 + torch.arange(batch, device=device)) % vocabulary
     tokens = ids[:, None]
@@ -344,7 +367,7 @@ def _compare_layers(model: Any, step: FusedStep, cache: WindowCache, batch: int,
     for index, (before, after) in enumerate(seen):
         x = step._x.copy_(before)
         layer = step.decoder.layers[index]
-        dense = _Weights(step._mlps[index].down_t, step._keep_all)
+        dense = _Decision(step._keep_all)
         step._layer(index, x, state, dense, step._shared(layer, dense=True))
         _compare(f"layer {index}", x, after, after - before)
     _compare("output layer", step._logits(step._x.copy_(seen[-1][1])), logits, logits)

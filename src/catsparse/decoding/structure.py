@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ACTIVATIONS, MAX_OP_TOKENS, Backend
+from ..kernels import ACTIVATIONS, FORMATS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
+from ..kernels.formats import columns_of
 from ..kernels.linear import why_not_linear
 from ..kernels.sparse_linear_cuda import why_not_sparse_linear
 from ..kernels.stream import PIECE, Norm, group_size, rms_norm, whole_pieces
 from ..linears import SparseLinear
 from ..modules import SparseMLP
+from ..quantized_linear import QuantizedLinear
 from ..sites import find_sites
+from ..weights import Weights
 
 # Parts of a config's keys: what changes results in ways that may not show where they are compared.
 _UNUSUAL = ("softcap", "clip_qkv", "temperature_tuning", "scaling_beta", "no_rope")
@@ -31,25 +34,31 @@ class NotPlain(Exception):
     """The fused step cannot run the model; the message says why."""
 
 
+class Matrix(NamedTuple):
+    """A linear layer's weight, or some of its rows, and its bias; packed weights have scales."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Mlp:
-    """A gated MLP's weights; ``module`` holds thresholds, where it is sparse."""
+    """A gated MLP's weights; ``module`` holds thresholds, where it is sparse. ``down`` is the
+    parameter that down_t is a transposed view of, where nobody keeps a copy."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    weights: Weights
     act: str
     module: SparseMLP | None
+    down: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer: x += o(attention(qkv(norm x))), x += mlp(norm x)."""
 
-    qkv: tuple[Tensor, ...]
-    qkv_bias: tuple[Tensor | None, ...]
-    o: Tensor
-    o_bias: Tensor | None
+    qkv: tuple[Matrix, ...]
+    o: Matrix
     norm: Norm
     mlp_norm: Norm
     q_norm: Norm | None
@@ -71,8 +80,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     layer_modules: tuple[nn.Module, ...]  # to be hooked while the step is checked
     norm: Norm
-    head: Tensor
-    head_bias: Tensor | None
+    head: Matrix
     rotary: nn.Module
     heads: int
     kv_heads: int
@@ -80,14 +88,19 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.dtype
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
 
     @property
     def few(self) -> int:
         """The most sequences that our products take at once; more are torch's."""
         sizes = []
         for layer in self.layers:
-            sizes += [w.shape[1] for w in (layer.qkv[0], layer.o, layer.mlp.gate)]
+            weights = layer.qkv[0].weight, layer.o.weight, layer.mlp.weights.gate
+            sizes += [columns_of(w) for w in weights]
             sizes += [sum(m.out_features for m in s) for s in (layer.qkv_sparse, layer.o_sparse)]
         return min(group_size(size * self.dtype.itemsize) for size in sizes if size)
 
@@ -109,10 +122,10 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     layers = list(_part(base, "layers"))
     if len(layers) != len(sliding):
         raise NotPlain(f"it has {len(layers)} layers, its cache {len(sliding)}")
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise NotPlain(f"its output layer is a {type(head).__name__}")
-    reason = why_not_cuda(head.weight.device) or why_not_linear([head.weight])
+    head = _matrix(model.get_output_embeddings(), "output layer")
+    norm = _norm(_part(base, "norm"))
+    dtype, device = norm.weight.dtype, head.weight.device
+    reason = why_not_cuda(device) or why_not_linear([head.weight], dtype)
     if reason:
         raise NotPlain(reason)
     window = getattr(model.config, "sliding_window", None) or 0
@@ -120,19 +133,18 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     head_size = int(_part(attention, "head_dim"))
     heads = int(model.config.num_attention_heads)
     kv_heads = int(getattr(model.config, "num_key_value_heads", None) or heads)
-    reason = why_not_attention(head.weight.dtype, heads, kv_heads, head_size)
+    reason = why_not_attention(dtype, heads, kv_heads, head_size)
     if reason:
         raise NotPlain(f"no attention kernel for {reason}")
     decoder = Decoder(
         embed=model.get_input_embeddings(),
         layers=tuple(
-            _layer(layer, window if slides else 0, (heads, kv_heads, head_size))
+            _layer(layer, window if slides else 0, (heads, kv_heads, head_size), dtype)
             for layer, slides in zip(layers, sliding, strict=True)
         ),
         layer_modules=tuple(layers),
-        norm=_norm(_part(base, "norm")),
-        head=head.weight,
-        head_bias=head.bias,
+        norm=norm,
+        head=head,
         rotary=_part(base, "rotary_emb"),
         heads=heads,
         kv_heads=kv_heads,
@@ -142,7 +154,7 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     for tensor in _tensors(decoder):
         if tensor is None:
             continue
-        if tensor.dtype != decoder.dtype:
+        if tensor.dtype != decoder.dtype and tensor.dtype not in FORMATS.values():
             raise NotPlain(f"it has weights of {tensor.dtype} and of {decoder.dtype}")
         turned = tensor.dim() == 2 and tensor.t().is_contiguous()  # a sparse layer's
         if not (tensor.is_contiguous() or turned) or tensor.data_ptr() % PIECE:
@@ -155,42 +167,39 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
     return decoder
 
 
-def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
+def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> Layer:
     attention = _part(layer, "self_attn")
     heads, kv_heads, size = sizes
     rows = [heads * size, kv_heads * size, kv_heads * size]
     names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
     qkv_sparse, o_sparse = _sparse(attention, names), _sparse(attention, ["o_proj"])
     if len(names) == 1:
-        weight, bias = _linear(attention, "qkv_proj")
-        if weight.shape[0] != sum(rows):
+        whole = _linear(attention, "qkv_proj")
+        if whole.weight.shape[0] != sum(rows):
             raise NotPlain("its attention has other sizes than its config")
-        qkv = weight.split(rows)
-        biases = (None,) * 3 if bias is None else tuple(bias.split(rows))
-        owners: tuple[Tensor | None, ...] = (weight, bias)
+        parts = [(None,) * 3 if t is None else t.split(rows) for t in whole]
+        qkv = tuple(Matrix(*part) for part in zip(*parts, strict=True))
+        owners: tuple[Tensor | None, ...] = whole[:2]
     else:
-        pairs = [_linear(attention, name) for name in names]
-        qkv, biases = tuple(w for w, _ in pairs), tuple(b for _, b in pairs)
-        owners = (*qkv, *biases)
-    o, o_bias = _linear(attention, "o_proj")
-    if [w.shape[0] for w in qkv] != rows or o.shape[1] != rows[0]:
+        qkv = tuple(_linear(attention, name) for name in names)
+        owners = tuple(t for matrix in qkv for t in matrix[:2])
+    o = _linear(attention, "o_proj")
+    if [m.weight.shape[0] for m in qkv] != rows or columns_of(o.weight) != rows[0]:
         raise NotPlain("its attention has other sizes than its config")
-    for weights, sparse in ((qkv, qkv_sparse), ([o], o_sparse)):
-        reason = None if sparse else why_not_linear(weights)
+    for matrices, sparse in ((qkv, qkv_sparse), ([o], o_sparse)):
+        reason = None if sparse else why_not_linear([m.weight for m in matrices], dtype)
         if reason:
             raise NotPlain(reason)
     found = Layer(
-        qkv=tuple(qkv),
-        qkv_bias=biases,
+        qkv=qkv,
         o=o,
-        o_bias=o_bias,
         norm=_norm(_part(layer, "input_layernorm")),
         mlp_norm=_norm(_part(layer, "post_attention_layernorm")),
         q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         scale=float(getattr(attention, "scaling", size**-0.5)),
         window=window,
-        mlp=_mlp(layer),
+        mlp=_mlp(layer, dtype),
         owners=owners,
         qkv_sparse=qkv_sparse,
         o_sparse=o_sparse,
@@ -201,39 +210,45 @@ def _layer(layer: nn.Module, window: int, sizes: tuple[int, int, int]) -> Layer:
     return found
 
 
-def _mlp(layer: nn.Module) -> Mlp:
+def _mlp(layer: nn.Module, dtype: torch.dtype) -> Mlp:
     module = _part(layer, "mlp")
     sparse = module if isinstance(module, SparseMLP) else None
+    to_copy: Tensor | None = None
     if sparse is not None:
-        weights = sparse.raw_weights(next(sparse.parameters()).dtype)
-        if weights is None:
-            raise NotPlain(f"an MLP's {sparse.why_not_raw()}")
+        found = sparse.raw_weights(dtype)
+        if found is None:
+            raise NotPlain(f"an MLP's {sparse.why_not_raw(dtype)}")
+        weights = found
         choice = sparse.choose_backend(sparse.catsparse_backend, sparse.catsparse_down_copy)
         runs = sparse.catsparse_enabled or not sparse.catsparse_down_copy
         if runs and choice.backend is not Backend.CUDA:
             raise NotPlain(f"its MLPs run in {choice.backend.value}: {choice.reason}")
-        gate, up, down = weights
         act = sparse.site_act
     else:
         sites = [site for site in find_sites(layer)[0] if site.name == "mlp"]
         if not sites:
             raise NotPlain("its MLPs are not gated")
         site = sites[0]
-        (gate, bias), (down, down_bias) = _linear(module, site.gate), _linear(module, site.down)
-        up_bias = None
+        gate, down = _linear(module, site.gate), _linear(module, site.down, by_input=True)
         if site.up is None:
-            half = gate.shape[0] // 2
-            gate, up = gate[:half], gate[half:]
+            half = gate.weight.shape[0] // 2
+            parts = [(None, None) if t is None else (t[:half], t[half:]) for t in gate]
+            gate, up = (Matrix(*part) for part in zip(*parts, strict=True))
         else:
-            up, up_bias = _linear(module, site.up)
-        if any(b is not None for b in (bias, up_bias, down_bias)):
+            up = _linear(module, site.up)
+        if any(m.bias is not None for m in (gate, up, down)):
             raise NotPlain("its MLPs have biases")
+        down_t = down.weight
+        if down.scale is None:
+            down_t, to_copy = down.weight.t(), down.weight
+        weights = Weights(gate.weight, up.weight, down_t, gate.scale, up.scale, down.scale)
         act = site.act
-    neurons, hidden = gate.shape
-    reason = why_not_sizes(gate.device, gate.dtype, hidden, neurons, down.shape[0])
-    if reason or act not in ACTIVATIONS or not (whole_pieces(gate) and whole_pieces(up)):
+    gate_, up_ = weights[:2]
+    sizes = columns_of(gate_), gate_.shape[0], columns_of(weights.down_t)
+    reason = why_not_sizes(gate_.device, dtype, *sizes, None, weights.format)
+    if reason or act not in ACTIVATIONS or not (whole_pieces(gate_) and whole_pieces(up_)):
         raise NotPlain(reason or "its MLPs' rows are not whole pieces")
-    return Mlp(gate, up, down, act, sparse)
+    return Mlp(weights, act, sparse, to_copy)
 
 
 def _norm(module: nn.Module) -> Norm:
@@ -292,12 +307,20 @@ def _same_input(one: SparseLinear, other: SparseLinear) -> bool:
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-def _linear(parent: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    child = _part(parent, name)
-    plain = type(child) in (nn.Linear, SparseLinear)
+def _linear(parent: nn.Module, name: str, by_input: bool = False) -> Matrix:
+    """The weight of a child; a packed one must lie ``by_input`` or not."""
+    return _matrix(_part(parent, name), name, by_input)
+
+
+def _matrix(child: Any, name: str, by_input: bool = False) -> Matrix:
+    plain = type(child) in (nn.Linear, SparseLinear, QuantizedLinear)
     if not plain or type(child.weight) is not nn.Parameter:
         raise NotPlain(f"its {name} is a {type(child).__name__}")
-    return child.weight, child.bias
+    if not isinstance(child, QuantizedLinear):
+        return Matrix(child.weight, child.bias)
+    if child.by_input is not by_input:
+        raise NotPlain(f"its {name} is packed by the other axis")
+    return Matrix(child.weight, child.bias, child.weight_scale)
 
 
 def _part(parent: Any, name: str) -> Any:
@@ -317,9 +340,9 @@ def _set_keys(config: dict[str, Any]) -> Iterator[str]:
 
 def _tensors(decoder: Decoder) -> Iterator[Tensor | None]:
     yield from decoder.embed.parameters()
-    yield from (decoder.norm.weight, decoder.head, decoder.head_bias)
+    yield from (decoder.norm.weight, *decoder.head[:2])
     for layer, module in zip(decoder.layers, decoder.layer_modules, strict=True):
         yield from layer.owners
-        yield from (layer.o, layer.o_bias, layer.norm.weight, layer.mlp_norm.weight)
+        yield from (*layer.o[:2], layer.norm.weight, layer.mlp_norm.weight)
         yield from (norm.weight for norm in (layer.q_norm, layer.k_norm) if norm is not None)
         yield from _part(module, "mlp").parameters()

@@ -19,6 +19,7 @@ from .backend import Backend, Choice, Decisions, choose_backend, choose_linear_b
 from .cpu import gated_mlp_cpu
 from .cuda import gated_mlp_cuda
 from .formats import FORMATS, dequantize_weight, format_of, quantize
+from .packed_linear import packed_linear, packed_linear_reference
 from .preview import PreviewKind, dequantize, make_preview
 from .reference import (
     ACTIVATIONS,
@@ -51,6 +52,8 @@ __all__ = [
     "make_preview",
     "masked_hidden",
     "masked_input",
+    "packed_linear",
+    "packed_linear_reference",
     "preview_of",
     "quantize",
     "sparse_linear",

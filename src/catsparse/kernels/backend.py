@@ -70,19 +70,35 @@ def choose_backend(
     dtype: torch.dtype,
     sizes: tuple[int, int, int] | None = None,
     decisions: Decisions = Decisions(),
+    packed: str | None = None,
 ) -> Choice:
     """What a layer with weights of ``dtype`` on ``device`` runs; builds a CPU kernel if needed.
 
     Args:
         sizes: (H, I, H_out) of the layer, where they are known: not every kernel takes all.
         decisions: of the layer.
+        packed: the format of its weights, whose activations are of ``dtype``.
     """
+    choice = _choose(asked, device, dtype, sizes, decisions, packed)
+    if packed == "int4" and decisions.preview is not None:
+        return replace(choice, without_preview="int4 weights are their own preview")
+    return choice
+
+
+def _choose(
+    asked: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] | None,
+    decisions: Decisions,
+    packed: str | None,
+) -> Choice:
     if asked is Backend.TORCH:
         return Choice(Backend.TORCH, 0, "asked for")
     if asked is Backend.TRITON:
         return _asked_for(asked, _why_not_triton(device, dtype, sizes))
     if asked is Backend.CUDA or (asked is Backend.AUTO and device.type == "cuda"):
-        return _choose_on_gpu(asked, device, dtype, sizes, decisions)
+        return _choose_on_gpu(asked, device, dtype, sizes, decisions, packed)
     if device.type != "cpu":
         return Choice(Backend.TORCH, 0, f"no kernel for {device.type}")
     if dtype not in DTYPES:
@@ -92,6 +108,8 @@ def choose_backend(
         return Choice(Backend.TORCH, 0, library.reason)
     if asked is Backend.C:
         return _asked_for(Backend.C, None)
+    if packed is not None:
+        return Choice(Backend.C, MAX_OP_TOKENS, "reads packed weights, which torch makes floats")
     tokens = AUTO_TOKENS[dtype]
     return Choice(Backend.C, tokens, f"faster than torch up to {tokens} tokens")
 
@@ -102,12 +120,13 @@ def _choose_on_gpu(
     dtype: torch.dtype,
     sizes: tuple[int, int, int] | None,
     decisions: Decisions,
+    packed: str | None,
 ) -> Choice:
     reason = why_not_cuda(device)
     if reason is None and dtype not in AUTO_TOKENS_CUDA:
         reason = _no_kernel(dtype)
     if reason is None and sizes is not None:
-        reason = why_not_sizes(device, dtype, *sizes)
+        reason = why_not_sizes(device, dtype, *sizes, None, packed)
     if reason is not None:
         decides = decisions.preview is not None or decisions.second
         if asked is Backend.AUTO and decides and _why_not_triton(device, dtype, sizes) is None:
@@ -115,13 +134,13 @@ def _choose_on_gpu(
             return Choice(Backend.TRITON, TRITON_TOKENS, words)
         return _asked_for(Backend.CUDA, reason)
     left_out = None
-    if decisions.preview is not None and sizes is not None:
-        left_out = why_not_sizes(device, dtype, *sizes, decisions.preview)
+    if decisions.preview is not None and sizes is not None and packed != "int4":
+        left_out = why_not_sizes(device, dtype, *sizes, decisions.preview, packed)
     if asked is Backend.CUDA:
         return replace(_asked_for(asked, None), without_preview=left_out)
     tokens = AUTO_TOKENS_CUDA[dtype]
     if sizes is not None:
-        tokens = auto_tokens(dtype, max(sizes[0], sizes[2]) * dtype.itemsize)
+        tokens = auto_tokens(dtype, max(sizes[0], sizes[2]) * dtype.itemsize, packed)
     return Choice(Backend.CUDA, tokens, f"faster than torch up to {tokens} tokens", left_out)
 
 

@@ -1,4 +1,4 @@
-/* catsparse::gated_mlp and catsparse::sparse_linear on a CPU.
+/* catsparse::gated_mlp, catsparse::packed_linear and catsparse::sparse_linear on a CPU.
  *
  * gated_mlp reads the gate, and of up and down only what is kept:
  *
@@ -15,8 +15,8 @@
  *
  * x and y are float, bfloat16 or float16, weights the same or int8, fp8 or int4 with their scales;
  * every sum and the decision are in float. An int4 w_gate is a preview of itself and exact, so x is
- * laid out as for one. Plain C with the vector types of gcc and clang, built on first use for the machine it runs on (build.py); the
- * argument checks are cpu.py's.
+ * laid out as for one. Plain C with the vector types of gcc and clang, built on first use for the
+ * machine it runs on (build.py); the argument checks are cpu.py's.
  */
 #include <math.h>
 #include <stdint.h>
@@ -260,6 +260,41 @@ int catsparse_gated_mlp(const Problem *p) {
                            sums_stride(columns));
             finish(p, sums, 1);
         }
+    }
+    free(work);
+    return 0;
+}
+
+/* catsparse::packed_linear: y = w_gate x, of all rows. Of Problem it takes what this needs, rows as
+ * neurons and columns. 0, or 1 if there is no memory for the work space. */
+int catsparse_packed_linear(const Problem *p) {
+    int64_t tokens = p->tokens, rows = p->neurons;
+    int laid_out = lies_laid_out(p);
+    int64_t x_stride = round_up(p->hidden, laid_out ? CHUNK_INPUTS : LANES);
+    size_t x_size = (size_t)(tokens * x_stride), laid_size = laid_out ? x_size : 0;
+    size_t y_size = (size_t)(tokens * sums_stride(rows));
+    size_t bytes = (x_size + laid_size + y_size) * sizeof(float);
+    char *work = aligned_alloc(LINE, (size_t)round_up((int64_t)bytes, LINE));
+    if (!work) return 1;
+    float *x = (float *)work, *laid = x + x_size, *sums = laid + laid_size;
+    if (laid_out) memset(x, 0, x_size * sizeof *x);
+    dtypes[p->dtype].widen(p, x, x_stride);
+    for (int64_t t = 0; laid_out && t < tokens; t++)
+        lay_out(x + t * x_stride, x_stride, 4, in_digits(p), laid + t * x_stride);
+    if (laid_out) x = laid;
+#pragma omp parallel num_threads(p->threads)
+    {
+#pragma omp for schedule(guided, 1)
+        for (int64_t first = 0; first < rows; first += BLOCK) {
+            float sum[BLOCK][MAX_TOKENS];
+            int64_t last = least(first + BLOCK, rows);
+            format_of(p)->dots(&p->gate, NULL, first, last, rows, x, x_stride, p->hidden, tokens,
+                               sum);
+            for (int64_t i = first; i < last; i++)
+                for (int64_t t = 0; t < tokens; t++)
+                    sums[t * sums_stride(rows) + i] = sum[i - first][t];
+        }
+        finish(p, sums, 1);
     }
     free(work);
     return 0;

@@ -97,6 +97,31 @@ def gated_mlp_cpu(call: Call) -> Tensor:
     return y
 
 
+def packed_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
+    """:func:`catsparse.kernels.packed_linear.packed_linear` for CPU tensors, which must belong
+    together and be at most ``MAX_OP_TOKENS`` tokens; None for what the kernel does not take."""
+    library = cpu_library().handle
+    if library is None or x.dtype not in DTYPES or _row_stride(weight) is None:
+        return None
+    rows, scale = x.reshape(-1, x.shape[-1]).contiguous(), scale.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    problem = _Problem(
+        x=rows.data_ptr(),
+        gate=_matrix(weight, scale),
+        y=y.data_ptr(),
+        tokens=rows.shape[0],
+        hidden=rows.shape[1],
+        neurons=weight.shape[0],
+        columns=weight.shape[0],
+        dtype=DTYPES.index(x.dtype),
+        weights=_WEIGHTS.index(weight.dtype),
+        threads=torch.get_num_threads(),
+    )
+    if library.catsparse_packed_linear(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for the work space of {weight.shape[0]} rows")
+    return y
+
+
 def sparse_linear_cpu(
     x: Tensor, weight_t: Tensor, threshold: Tensor, mean: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
