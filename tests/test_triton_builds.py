@@ -10,6 +10,7 @@ import pytest
 
 from catsparse.kernels import triton as kernels
 from catsparse.kernels.preview import groups_of
+from catsparse.kernels.triton import plans
 
 triton = pytest.importorskip("triton")
 
@@ -65,7 +66,7 @@ def test_stream_and_sum(gpu: str) -> None:
     from catsparse.kernels.triton.stream import stream_kernel, sum_kernel
 
     for hidden, tokens in ((4096, 1), (512, 4)):
-        plan = kernels.find_plan(hidden, tokens, kernels.DTYPES[0])
+        plan = plans.find_plan(hidden, tokens, kernels.DTYPES[0])
         constants = {
             "ACT": "silu",
             "PER_NEURON": True,
@@ -75,17 +76,17 @@ def test_stream_and_sum(gpu: str) -> None:
             "EVEN": True,
             "ROWS": plan.rows,
             "PDL": early(gpu),
-            "PREFETCH_KB": kernels.PREFETCH_KB,
+            "PREFETCH_KB": plans.PREFETCH_KB,
             "THREADS": plan.warps * 32,
         }
         build(gpu, stream_kernel, constants, num_warps=plan.warps, maxnreg=plan.registers)
     constants = {
         "HAS_BIAS": True,
         "BLOCK_P": 512,
-        "BLOCK_N": kernels.SUM_COLUMNS,
+        "BLOCK_N": plans.SUM_COLUMNS,
         "PDL": early(gpu),
     }
-    build(gpu, sum_kernel, constants, num_warps=kernels.SUM_WARPS)
+    build(gpu, sum_kernel, constants, num_warps=plans.SUM_WARPS)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -98,7 +99,7 @@ def test_mask(gpu: str) -> None:
             "ACT": act,
             "PER_NEURON": number % 2 == 0,
             "HAS_MEAN": compensated,
-            "BLOCK": kernels.MASK_BLOCK,
+            "BLOCK": plans.MASK_BLOCK,
         }
         if not compensated:
             constants["mean"] = None
@@ -119,11 +120,11 @@ def test_preview(gpu: str, bits: int) -> None:
             "GROUPS": groups_of(hidden),
             "BITS": bits,
             "TOKENS": tokens,
-            "BLOCK_N": kernels.preview_rows(tokens),
-            "BLOCK_W": kernels.WORDS,
+            "BLOCK_N": plans.preview_rows(tokens),
+            "BLOCK_W": plans.WORDS,
             "PDL": early(gpu),
         }
-        code = build(gpu, preview_kernel, constants, num_warps=kernels.DECIDE_WARPS)
+        code = build(gpu, preview_kernel, constants, num_warps=plans.DECIDE_WARPS)
         if amd(gpu):
             assert "_load_b128" in code["amdgcn"] or "load_dwordx4" in code["amdgcn"]
             continue
@@ -138,17 +139,17 @@ def test_second_decision(gpu: str) -> None:
     from catsparse.kernels.triton.kept import kept_kernel
 
     for hidden, tokens in ((4096, 1), (512, 4)):
-        plan = kernels.find_plan(hidden, tokens, kernels.DTYPES[0])
+        plan = plans.find_plan(hidden, tokens, kernels.DTYPES[0])
         constants: dict[str, Any] = {
             "ACT": "silu",
             "PER_NEURON": True,
             "H": hidden,
             "TOKENS": tokens,
-            "BLOCK_N": kernels.GATE_ROWS,
-            "BLOCK_K": kernels.GATE_COLUMNS,
+            "BLOCK_N": plans.GATE_ROWS,
+            "BLOCK_K": plans.GATE_COLUMNS,
             "PDL": early(gpu),
         }
-        build(gpu, gate_kernel, constants, num_warps=kernels.DECIDE_WARPS)
+        build(gpu, gate_kernel, constants, num_warps=plans.DECIDE_WARPS)
         for preview, second in ((True, False), (True, True), (False, True)):
             constants = {
                 "ACT": "silu",
@@ -158,9 +159,9 @@ def test_second_decision(gpu: str) -> None:
                 "HAS_MEAN": True,
                 "TOKENS": tokens,
                 "BLOCK_H": hidden,
-                "BLOCK_L": kernels.LIST_BLOCK,
+                "BLOCK_L": plans.LIST_BLOCK,
                 "EVEN": True,
-                "ROWS": kernels.kept_rows(plan, kernels.DTYPES[0]),
+                "ROWS": plans.kept_rows(plan, kernels.DTYPES[0]),
                 "PDL": early(gpu),
             }
             constants |= {"gate": None} if preview else {}

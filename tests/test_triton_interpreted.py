@@ -10,6 +10,7 @@ from torch import Tensor
 
 from catsparse.kernels import ACTIVATIONS, Call
 from catsparse.kernels import triton as kernels
+from catsparse.kernels.triton import plans
 from interpreting import inside, outside, run_interpreted
 
 INFINITY = float("inf")
@@ -129,9 +130,9 @@ def test_stream_and_sum(shape: tuple[Any, ...]) -> None:
 def test_the_plans_of_long_rows(
     dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = kernels.find_plan(4096, 1, dtype)
+    plan = plans.find_plan(4096, 1, dtype)
     assert plan.rows == rows
-    monkeypatch.setattr(kernels, "find_plan", lambda *_: plan)
+    monkeypatch.setattr(plans, "find_plan", lambda *_: plan)
     Case(dtype, 24, 23, 30, "silu", 1).check()
 
 

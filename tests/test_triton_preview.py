@@ -20,6 +20,7 @@ from catsparse.kernels import (
     preview_of,
 )
 from catsparse.kernels import triton as kernels
+from catsparse.kernels.triton import launches, plans
 from interpreting import inside, outside, run_interpreted
 
 # The interpreter rounds to bf16 towards zero.
@@ -98,10 +99,10 @@ def test_more_tokens_than_a_launch_takes(tokens: int) -> None:
 def test_the_plans_of_long_rows(
     dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = kernels.find_plan(4096, 1, dtype)
+    plan = plans.find_plan(4096, 1, dtype)
     assert plan.rows == rows
-    monkeypatch.setattr(kernels, "find_plan", lambda *_: plan)
-    monkeypatch.setattr(kernels, "LIST_BLOCK", 4)  # a slice of the neurons is listed in turns
+    monkeypatch.setattr(plans, "find_plan", lambda *_: plan)
+    monkeypatch.setattr(plans, "LIST_BLOCK", 4)  # a slice of the neurons is listed in turns
     for bits in (4, 0):
         quantize = make_preview if bits else None
         case = Case(70, 40, 1, dtype=dtype, quantize=quantize, second=True, compensated=True)
@@ -144,7 +145,7 @@ def decided_by_reference(call: Call) -> Tensor:
 
 def masks(call: Call) -> Tensor:
     """``[T, I]`` as the first launch decides."""
-    kept, _ = kernels._decide(call, kernels._Launch.of(call))
+    kept, _ = launches.decide(call, plans.Launch.of(call))
     tokens = torch.arange(len(call.x), device=kept.device)
     return (kept >> tokens[:, None] & 1).bool()
 
@@ -376,16 +377,16 @@ def test_sizes_that_are_not_taken() -> None:
 def test_amd_gets_no_options_of_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     case = previewed(70, 21, 2)
-    launch = kernels._Launch.of(Call(*case.arguments))
+    launch = plans.Launch.of(Call(*case.arguments))
     assert launch.options == {"num_warps": 8, "maxnreg": launch.plan.registers}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert launch.options == {"num_warps": 8}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    kernels._launches_early.cache_clear()
+    plans.launches_early.cache_clear()
     try:
-        assert not kernels._launches_early(torch.device("cuda", 0))
+        assert not plans.launches_early(torch.device("cuda", 0))
     finally:
-        kernels._launches_early.cache_clear()
+        plans.launches_early.cache_clear()
 
 
 def test_which_gpus_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
