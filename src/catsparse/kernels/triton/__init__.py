@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..arguments import Call, belong_together
 from . import launches
-from .plans import MASK_BLOCK, Launch
+from .plans import MASK_BLOCK, Launch, fields
 
 MAX_TOKENS = 4  # sums of more do not fit in the registers
 MAX_HIDDEN = 8192
@@ -57,7 +57,8 @@ def gated_mlp_triton(call: Call) -> Tensor:
     x = call.x
     launch = Launch.of(call)
     y = x.new_empty((*x.shape[:-1], call.columns))
-    partial = torch.empty(launch.programs, y.numel(), dtype=torch.float32, device=x.device)
+    total = x.numel() // x.shape[-1] * launch.words(call.columns) * fields(launch.weights)
+    partial = torch.empty(launch.programs, total, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         if call.preview is None and call.product_threshold is None:
             launches.run_stream(call, launch, partial)
@@ -105,10 +106,9 @@ def fits_triton(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     return (
         belong_together(call)
-        and call.weights is None
-        and why_not_triton_sizes(x.dtype, w_gate.shape[1], w_gate.shape[0], w_down_t.shape[1])
-        is None
+        and why_not_triton_sizes(x.dtype, x.shape[-1], w_gate.shape[0], call.columns) is None
         and all(w.stride(1) == 1 or w.shape[1] == 1 for w in (w_gate, w_up, w_down_t))
+        and all(w.dtype != torch.uint8 or _in_words(w) for w in (w_gate, w_up, w_down_t))
         and (call.preview is None or _in_words(call.preview))
     )
 

@@ -18,22 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import _RUN_WORDS, _RUNS, column_of, decode, field, fields, load_words, swapped
 from .stream import _activation
-
-_RUN_WORDS = tl.constexpr(16)  # of preview.py's RUN, and its BLOCK
-_RUNS = tl.constexpr(4)
-
-
-@triton.jit
-def _field(words, K: tl.constexpr, BITS: tl.constexpr):
-    """n - 2^(BITS - 1) of field K, exactly."""
-    FIT: tl.constexpr = 23 // BITS
-    PLACE: tl.constexpr = K % FIT * BITS
-    SHIFT: tl.constexpr = K // FIT * FIT * BITS
-    MASK: tl.constexpr = (2**BITS - 1) << PLACE
-    BASE: tl.constexpr = (127 + 23 - PLACE) << 23
-    ZERO: tl.constexpr = 2.0 ** (23 - PLACE) + 2.0 ** (BITS - 1)
-    return (((words >> SHIFT) & MASK) | BASE).to(tl.float32, bitcast=True) - ZERO
 
 
 @triton.jit
@@ -55,7 +41,6 @@ def _foretold(
     GROUP_WORDS: tl.constexpr = 2 * BITS
     WORDS: tl.constexpr = GROUPS * GROUP_WORDS
     WHOLE: tl.constexpr = WORDS // (_RUN_WORDS * _RUNS) * (_RUN_WORDS * _RUNS)
-    swap = ((row % _RUNS) * _RUN_WORDS)[:, None]
     line = preview + row.to(tl.int64)[:, None] * WORDS
     sums = ()
     for _token in tl.static_range(TOKENS):
@@ -64,9 +49,7 @@ def _foretold(
         word = start + tl.arange(0, BLOCK_W)
         inside = word < WORDS
         mask = live[:, None] & inside[None, :]
-        # Runs have changed places, but within one all is in order: what Triton cannot see.
-        at = tl.where((word < WHOLE)[None, :], word[None, :] ^ swap, word[None, :])
-        at = tl.max_contiguous(tl.multiple_of(at, (1, GROUP_WORDS)), (1, GROUP_WORDS))
+        at = swapped(word[None, :], row[:, None], WHOLE, GROUP_WORDS)
         packed = tl.load(line + at, mask=mask, other=0, eviction_policy="evict_first")
         group = row.to(tl.int64)[:, None] * SCALES + (word // GROUP_WORDS)[None, :]
         worth = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
@@ -74,7 +57,7 @@ def _foretold(
         for _token in tl.static_range(TOKENS):
             parts = parts + (tl.zeros([BLOCK_N, BLOCK_W], tl.float32),)
         for k in tl.static_range(FIELDS):
-            weight = _field(packed, k, BITS)
+            weight = field(packed, k, BITS)
             added = ()
             for token in tl.static_range(TOKENS):
                 from_ = x + (token * FIELDS + k) * WORDS + word
@@ -110,6 +93,7 @@ def preview_kernel(
     preview,
     scale,
     threshold,
+    gate,
     kept,
     T,
     I,
@@ -124,7 +108,8 @@ def preview_kernel(
     BLOCK_W: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x is fp32 ``[TOKENS, FIELDS, words of a row]``, zeros for what a last group has too many."""
+    """x is fp32 ``[TOKENS, FIELDS, words of a row]``, zeros for what a last group has too many. Of
+    int4 weights, whose W_gate is read here, gate gets the activation, fp32 ``[TOKENS, I]``."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -134,6 +119,8 @@ def preview_kernel(
     values = ()
     for token in tl.static_range(TOKENS):
         values = values + (_activation(z[token], ACT),)
+        if gate is not None:
+            tl.store(gate + token * I + neuron, values[token], mask=live)
     if PRODUCTS:
         u = _foretold(
             x, preview, scale, neuron + I, live, SCALES, GROUPS, BITS, TOKENS, BLOCK_N, BLOCK_W
@@ -149,6 +136,7 @@ def preview_kernel(
 def gate_kernel(
     x,
     w_gate,
+    scale,
     threshold,
     gate,
     kept,
@@ -159,6 +147,7 @@ def gate_kernel(
     PER_NEURON: tl.constexpr,
     H: tl.constexpr,
     TOKENS: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -170,21 +159,33 @@ def gate_kernel(
     neuron = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neuron < I
     line = w_gate + neuron.to(tl.int64)[:, None] * stride
+    if FORMAT != "float":
+        worth = tl.load(scale + neuron, mask=live, other=0.0)
     sums = ()
     for _token in tl.static_range(TOKENS):
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-    for start in range(0, H, BLOCK_K):
-        col = start + tl.arange(0, BLOCK_K)
-        mask = live[:, None] & (col < H)[None, :]
-        row = tl.load(line + col[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        row = row.to(tl.float32)
-        added = ()
-        for token in tl.static_range(TOKENS):
-            value = tl.load(x + token * H + col, mask=(col < H) & (token < T), other=0.0)
-            added = added + (sums[token] + row * value.to(tl.float32)[None, :],)
-        sums = added
+    FIELDS: tl.constexpr = fields(FORMAT)
+    WIDTH: tl.constexpr = (H + FIELDS - 1) // FIELDS
+    for start in range(0, WIDTH, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        mask = live[:, None] & (at < WIDTH)[None, :]
+        if FORMAT == "float":
+            row = tl.load(line + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        else:
+            row = load_words(line, at[None, :], H, mask)
+        for k in tl.static_range(FIELDS):
+            number = decode(row, k, FORMAT)
+            col = column_of(at, k, FORMAT)
+            added = ()
+            for token in tl.static_range(TOKENS):
+                value = tl.load(x + token * H + col, mask=(col < H) & (token < T), other=0.0)
+                added = added + (sums[token] + number * value.to(tl.float32)[None, :],)
+            sums = added
     values = ()
     for token in tl.static_range(TOKENS):
-        values = values + (_activation(tl.sum(sums[token], axis=1), ACT),)
+        z = tl.sum(sums[token], axis=1)
+        if FORMAT != "float":
+            z = z * worth
+        values = values + (_activation(z, ACT),)
         tl.store(gate + token * I + neuron, values[token], mask=live)
     _keep(kept, values, threshold, neuron, live, T, PER_NEURON, TOKENS)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .stream import _NEURON, _TOKEN_BIT, _activation, _dots, _row, _tokens
+from .rows import add_row, dots, load_row, load_tokens, no_rows, places, store_partial
+from .stream import _NEURON, _TOKEN_BIT, _activation
 
 
 @triton.jit
@@ -30,10 +31,13 @@ def _listed(index, at, end, N: tl.constexpr):
 
 
 @triton.jit
-def _rows(weight, stride, entries, at, end, cols, H, EVEN: tl.constexpr, N: tl.constexpr):
+def _rows(
+    matrix, entries, some, at, width, EVEN: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr
+):
+    """The rows of N entries, of which the first ``some`` are of the list."""
     rows = ()
     for j in tl.static_range(N):
-        rows = rows + (_row(weight, entries[j] & _NEURON, stride, at + j < end, cols, H, EVEN),)
+        rows = rows + load_row(matrix, entries[j] & _NEURON, j < some, at, width, EVEN, FORMAT)
     return rows
 
 
@@ -45,6 +49,9 @@ def kept_kernel(
     w_down_t,
     product_threshold,
     mean,
+    gate_scale,
+    up_scale,
+    down_scale,
     gate,
     kept,
     index,
@@ -54,16 +61,21 @@ def kept_kernel(
     H,
     I,
     H_OUT,
+    WORDS_OUT,
     gate_stride,
     up_stride,
     down_stride,
+    gate_scales,
+    down_scales,
     ACT: tl.constexpr,
     PREVIEW: tl.constexpr,
     SECOND: tl.constexpr,
     PER_NEURON: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     TOKENS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_L: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -78,16 +90,19 @@ def kept_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    cols = tl.arange(0, BLOCK_H)
-    xs = _tokens(x, T, cols, H, TOKENS)
+    place = places(BLOCK, RUN, FORMAT)
+    gates = (w_gate, gate_stride, gate_scale, gate_scales)
+    up = (w_up, up_stride, up_scale, gate_scales)
+    down = (w_down_t, down_stride, down_scale, down_scales)
+    xs = load_tokens(x, T, place, H, TOKENS, FORMAT)
     # The list of kept neurons, in order.
     end, start = first, first + pid * 0
     while start < last:
         neuron = start + tl.arange(0, BLOCK_L)
         bits = tl.load(kept + neuron, mask=neuron < last, other=0)
         listed = (bits != 0).to(tl.int32)
-        place = end + tl.cumsum(listed, axis=0) - listed
-        tl.store(index + place, neuron | (bits << _TOKEN_BIT), mask=bits != 0)
+        to = end + tl.cumsum(listed, axis=0) - listed
+        tl.store(index + to, neuron | (bits << _TOKEN_BIT), mask=bits != 0)
         end += tl.sum(listed, axis=0)
         start += BLOCK_L
     tl.debug_barrier()  # it is read by other threads
@@ -101,17 +116,16 @@ def kept_kernel(
     at, left_end = first + pid * 0, first + pid * 0
     using = _listed(index, at, end, EACH)
     asked = _listed(index, at + EACH, end, EACH)
-    tile = _rows(w_up, up_stride, using, at, end, cols, H, EVEN, EACH)
+    tile = _rows(up, using, end - at, place, H, EVEN, EACH, FORMAT)
     if PREVIEW:
-        tile = tile + _rows(w_gate, gate_stride, using, at, end, cols, H, EVEN, EACH)
+        tile = tile + _rows(gates, using, end - at, place, H, EVEN, EACH, FORMAT)
     while at < end:
-        following = _rows(w_up, up_stride, asked, at + EACH, end, cols, H, EVEN, EACH)
+        to_come = end - at - EACH
+        following = _rows(up, asked, to_come, place, H, EVEN, EACH, FORMAT)
         if PREVIEW:
-            following = following + _rows(
-                w_gate, gate_stride, asked, at + EACH, end, cols, H, EVEN, EACH
-            )
+            following = following + _rows(gates, asked, to_come, place, H, EVEN, EACH, FORMAT)
         later = _listed(index, at + 2 * EACH, end, EACH)
-        dots = _dots(tile, xs, 2 * ROWS, TOKENS)
+        sums = dots(tile, xs, 2 * ROWS, TOKENS, FORMAT)
         for j in tl.static_range(EACH):
             neuron = using[j] & _NEURON
             live = at + j < end
@@ -122,10 +136,10 @@ def kept_kernel(
                 m = tl.load(mean + neuron, mask=live, other=0.0)
             for token in tl.static_range(TOKENS):
                 if PREVIEW:
-                    g = _activation(dots[(ROWS + j) * TOKENS + token], ACT)
+                    g = _activation(sums[(ROWS + j) * TOKENS + token], ACT)
                 else:
                     g = tl.load(gate + token * I + neuron, mask=live, other=0.0)
-                h = g * dots[j * TOKENS + token]
+                h = g * sums[j * TOKENS + token]
                 keep = live & (((using[j] >> (_TOKEN_BIT + token)) & 1) != 0)
                 if SECOND:
                     keep = keep & (tl.abs(h) > limit)
@@ -145,24 +159,18 @@ def kept_kernel(
     at = first + pid * 0
     using = _listed(left, at, left_end, BOTH)
     asked = _listed(left, at + BOTH, left_end, BOTH)
-    tile = _rows(w_down_t, down_stride, using, at, left_end, cols, H_OUT, EVEN, BOTH)
-    out = ()
-    for _token in tl.static_range(TOKENS):
-        out = out + (tl.zeros([BLOCK_H], tl.float32),)
+    tile = _rows(down, using, left_end - at, place, H_OUT, EVEN, BOTH, FORMAT)
+    out = no_rows(place, TOKENS, FORMAT)
     while at < left_end:
-        following = _rows(
-            w_down_t, down_stride, asked, at + BOTH, left_end, cols, H_OUT, EVEN, BOTH
-        )
+        to_come = left_end - at - BOTH
+        following = _rows(down, asked, to_come, place, H_OUT, EVEN, BOTH, FORMAT)
         later = _listed(left, at + 2 * BOTH, left_end, BOTH)
         for j in tl.static_range(BOTH):
-            down = tile[j].to(tl.float32)
-            new = ()
+            hs = ()
             for token in tl.static_range(TOKENS):
-                h = tl.load(hidden + token * I + at + j, mask=at + j < left_end, other=0.0)
-                new = new + (out[token] + down * h,)
-            out = new
+                where = hidden + token * I + at + j
+                hs = hs + (tl.load(where, mask=at + j < left_end, other=0.0),)
+            out = add_row(out, tile, j, hs, TOKENS, FORMAT)
         tile, asked = following, later
         at += BOTH
-    for token in tl.static_range(TOKENS):
-        to = partial + (pid.to(tl.int64) * T + token) * H_OUT + cols
-        tl.store(to, out[token], mask=(cols < H_OUT) & (token < T))
+    store_partial(partial, out, T, place, WORDS_OUT, TOKENS, FORMAT)

@@ -12,20 +12,41 @@ from . import plans
 from .plans import Launch
 
 
+def raw_weights(call: Call) -> list[Tensor]:
+    """W_gate, W_up and W_down^T as the kernels read them: packed ones by words, or, of int8 and
+    fp8, by bytes where rows are not whole words or lie across them."""
+    weights = [call.w_gate, call.w_up, call.w_down_t]
+    if call.weights is None:
+        return weights
+    raw = [w.view(torch.uint8) for w in weights]
+    whole = all(
+        part % 4 == 0
+        for w in raw
+        for part in (w.data_ptr(), w.storage_offset(), w.shape[1], w.stride(0))
+    )
+    return [w.view(torch.int32) for w in raw] if whole else raw
+
+
+def scale_strides(call: Call) -> tuple[int, int]:
+    """Scales of an int4 row of W_gate or W_up, and of W_down^T; else unused."""
+    if call.weights != "int4" or call.gate_scale is None or call.down_scale is None:
+        return 0, 0
+    return call.gate_scale.stride(0), call.down_scale.stride(0)
+
+
 def run_stream(call: Call, launch: Launch, partial: Tensor) -> None:
     """Gate, decision, up and down in one launch."""
     from .stream import stream_kernel
 
-    x, w_gate, w_up, w_down_t, threshold, act, mean, *_ = call
-    neurons, hidden = w_gate.shape
-    columns = w_down_t.shape[1]
+    x, threshold, mean = call.x, call.threshold, call.mean
+    neurons, hidden, columns = call.w_gate.shape[0], x.shape[-1], call.columns
+    weights = raw_weights(call)
     stream_kernel[(launch.programs,)](
         x,
-        w_gate,
-        w_up,
-        w_down_t,
+        *weights,
         threshold,
         mean,
+        *(call.gate_scale, call.up_scale, call.down_scale),
         torch.empty(launch.padded, neurons, dtype=torch.float32, device=x.device),
         torch.empty(neurons, dtype=torch.int32, device=x.device),
         partial,
@@ -33,12 +54,14 @@ def run_stream(call: Call, launch: Launch, partial: Tensor) -> None:
         hidden,
         neurons,
         columns,
-        *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
-        ACT=act,
+        launch.words(columns),
+        *(w.stride(0) for w in weights),
+        *scale_strides(call),
+        ACT=call.act,
         PER_NEURON=threshold.dim() == 1,
         HAS_MEAN=mean is not None,
         TOKENS=launch.padded,
-        BLOCK_H=launch.block,
+        **launch.shape,
         EVEN=launch.block == hidden == columns,
         ROWS=launch.plan.rows,
         PDL=bool(launch.early),
@@ -50,13 +73,16 @@ def run_stream(call: Call, launch: Launch, partial: Tensor) -> None:
 
 def decide(call: Call, launch: Launch) -> tuple[Tensor, Tensor | None]:
     """The tokens that keep each neuron, a bit each, int32 ``[I]``; and the gate, fp32
-    ``[padded tokens, I]``, unless a preview decided."""
+    ``[padded tokens, I]``, unless a preview decided.
+
+    W_gate in int4 is read as a preview is, for it is one.
+    """
     import triton
 
     from .decide import gate_kernel, preview_kernel
 
-    x, w_gate, threshold = call.x, call.w_gate, call.threshold
-    neurons, hidden = w_gate.shape
+    x, threshold = call.x, call.threshold
+    neurons, hidden = call.w_gate.shape[0], x.shape[-1]
     kept = torch.empty(neurons, dtype=torch.int32, device=x.device)
     shared = {
         "ACT": call.act,
@@ -66,19 +92,26 @@ def decide(call: Call, launch: Launch) -> tuple[Tensor, Tensor | None]:
         "num_warps": plans.DECIDE_WARPS,
         **launch.early,
     }
-    if call.preview is not None and call.preview_scale is not None:
-        bits = preview_bits(call.preview, hidden)
+    gate: Tensor | None = None
+    if call.preview is None:
+        gate = torch.empty(launch.padded, neurons, dtype=torch.float32, device=x.device)
+    preview, scale = call.preview, call.preview_scale
+    if preview is None and call.weights == "int4":
+        preview, scale = call.w_gate, call.gate_scale
+    if preview is not None and scale is not None:
+        bits = preview_bits(preview, hidden)
         groups = groups_of(hidden)
         rows = plans.preview_rows(launch.padded)
         preview_kernel[(triton.cdiv(neurons, rows),)](
             lay_out(x, bits, launch.padded),
-            call.preview.view(torch.int32),
-            call.preview_scale,
+            preview.view(torch.int32),
+            scale,
             threshold,
+            gate,
             kept,
             x.numel() // hidden,
             neurons,
-            call.preview_scale.shape[1],
+            scale.shape[1],
             GROUPS=groups,
             PRODUCTS=call.previews_products,
             BITS=bits,
@@ -86,11 +119,12 @@ def decide(call: Call, launch: Launch) -> tuple[Tensor, Tensor | None]:
             BLOCK_W=min(plans.WORDS, max(16, triton.next_power_of_2(groups * 2 * bits))),
             **shared,
         )
-        return kept, None
-    gate = torch.empty(launch.padded, neurons, dtype=torch.float32, device=x.device)
+        return kept, gate
+    w_gate = raw_weights(call)[0]
     gate_kernel[(triton.cdiv(neurons, plans.GATE_ROWS),)](
         x,
         w_gate,
+        call.gate_scale,
         threshold,
         gate,
         kept,
@@ -98,8 +132,10 @@ def decide(call: Call, launch: Launch) -> tuple[Tensor, Tensor | None]:
         neurons,
         w_gate.stride(0),
         H=hidden,
+        FORMAT=launch.weights,
         BLOCK_N=plans.GATE_ROWS,
-        BLOCK_K=min(plans.GATE_COLUMNS, max(16, triton.next_power_of_2(hidden))),
+        BLOCK_K=min(plans.GATE_COLUMNS, max(16, triton.next_power_of_2(hidden)))
+        // plans.fields(launch.weights),
         **shared,
     )
     return kept, gate
@@ -113,17 +149,16 @@ def read_kept(
 
     from .kept import kept_kernel
 
-    x, w_gate, w_up, w_down_t, _, act, mean, _, product, preview, _ = call[:11]
-    neurons, hidden = w_gate.shape
-    columns = w_down_t.shape[1]
+    x, mean, product = call.x, call.mean, call.product_threshold
+    neurons, hidden, columns = call.w_gate.shape[0], x.shape[-1], call.columns
+    weights = raw_weights(call)
     share = triton.cdiv(neurons, launch.programs)
     kept_kernel[(launch.programs,)](
         x,
-        w_gate,
-        w_up,
-        w_down_t,
+        *weights,
         product,
         mean,
+        *(call.gate_scale, call.up_scale, call.down_scale),
         gate,
         kept,
         torch.empty(2, neurons, dtype=torch.int32, device=x.device),
@@ -133,17 +168,19 @@ def read_kept(
         hidden,
         neurons,
         columns,
-        *(w.stride(0) for w in (w_gate, w_up, w_down_t)),
-        ACT=act,
-        PREVIEW=preview is not None,
+        launch.words(columns),
+        *(w.stride(0) for w in weights),
+        *scale_strides(call),
+        ACT=call.act,
+        PREVIEW=gate is None,
         SECOND=product is not None,
         PER_NEURON=product is not None and product.dim() == 1,
         HAS_MEAN=mean is not None,
         TOKENS=launch.padded,
-        BLOCK_H=launch.block,
+        **launch.shape,
         BLOCK_L=min(plans.LIST_BLOCK, triton.next_power_of_2(share)),
         EVEN=launch.block == hidden == columns,
-        ROWS=plans.kept_rows(launch.plan, x.dtype),
+        ROWS=plans.kept_rows(launch.plan, x.dtype, call.weights),
         PDL=bool(launch.early),
         **launch.options,
     )
@@ -170,15 +207,17 @@ def add_up(call: Call, launch: Launch, partial: Tensor, y: Tensor) -> None:
 
     from .stream import sum_kernel
 
-    total = y.numel()
+    total = partial.shape[1]
     sum_kernel[(triton.cdiv(total, plans.SUM_COLUMNS),)](
         partial,
         call.bias,
         y,
         launch.programs,
         total,
-        y.shape[-1],
+        call.columns,
+        launch.words(call.columns),
         HAS_BIAS=call.bias is not None,
+        FORMAT=launch.weights,
         BLOCK_P=triton.next_power_of_2(launch.programs),
         BLOCK_N=plans.SUM_COLUMNS,
         PDL=bool(launch.early),

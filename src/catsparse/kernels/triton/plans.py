@@ -39,8 +39,18 @@ class Plan:
         return min(255, 65536 // (self.per_sm * self.warps * 32) // 8 * 8)
 
 
-def find_plan(block: int, tokens: int, dtype: torch.dtype) -> Plan:
-    """The plan for rows padded to ``block`` elements."""
+def find_plan(block: int, tokens: int, dtype: torch.dtype, weights: str | None = None) -> Plan:
+    """The plan for rows padded to ``block`` elements, packed or of floats.
+
+    Packed rows are shorter, so there are more of them in a tile, as long as registers hold them;
+    their plans follow from that, and have not been tuned.
+    """
+    if weights is not None and tokens <= 2:
+        per_sm = 2 if block <= 4096 else 1
+        if tokens == 2:
+            return Plan(per_sm, warps=8, rows=2)
+        short = block <= 2048
+        return Plan(per_sm, warps=4 if short else 8, rows=4 if short or weights == "int4" else 2)
     if tokens > 2 or (dtype == torch.float32 and block > 2048):
         return Plan(per_sm=1, warps=8, rows=1)
     if tokens == 2:
@@ -55,9 +65,19 @@ def preview_rows(tokens: int) -> int:
     return 16 if tokens == 1 else 8
 
 
-def kept_rows(plan: Plan, dtype: torch.dtype) -> int:
+def kept_rows(plan: Plan, dtype: torch.dtype, weights: str | None = None) -> int:
     """Rows in half a tile of exact rows of what was decided ahead."""
-    return max(1, plan.rows * 2 // dtype.itemsize)
+    return plan.rows if weights is not None else max(1, plan.rows * 2 // dtype.itemsize)
+
+
+def fields(weights: str) -> int:
+    """Elements in a word of a row: see rows.py."""
+    return {"float": 1, "int4": 8}.get(weights, 4)
+
+
+def run_words(words: int, warps: int) -> int:
+    """How many of a row's words a thread reads at once: at most 16 bytes; of int4 of one group."""
+    return min(4, max(1, words // (warps * 32)))
 
 
 @dataclass(frozen=True)
@@ -66,11 +86,13 @@ class Launch:
 
     Attributes:
         padded: tokens, a power of two. block: elements of a row, likewise.
+        weights: the format, ``float`` if they are not packed.
         early: keywords, where a kernel may start before the one ahead has ended.
     """
 
     padded: int
     block: int
+    weights: str
     plan: Plan
     programs: int
     early: dict[str, bool]
@@ -79,13 +101,23 @@ class Launch:
     def of(cls, call: Call) -> Launch:
         import triton
 
-        neurons, hidden = call.w_gate.shape
+        neurons, hidden = call.w_gate.shape[0], call.x.shape[-1]
         padded = triton.next_power_of_2(call.x.numel() // hidden)
-        block = triton.next_power_of_2(max(hidden, call.w_down_t.shape[1]))
-        plan = find_plan(block, padded, call.x.dtype)
+        block = triton.next_power_of_2(max(hidden, call.columns))
+        plan = find_plan(block, padded, call.x.dtype, call.weights)
         programs = min(plan.per_sm * multiprocessors(call.x.device), neurons)
         early = {"launch_pdl": True} if launches_early(call.x.device) else {}
-        return cls(padded, block, plan, programs, early)
+        return cls(padded, block, call.weights or "float", plan, programs, early)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Of a row: see :func:`.rows.places`."""
+        words = self.words(self.block)
+        return {"FORMAT": self.weights, "BLOCK": words, "RUN": run_words(words, self.plan.warps)}
+
+    def words(self, elements: int) -> int:
+        """Of a row of so many elements; of floats, elements."""
+        return -(-elements // fields(self.weights))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ order: no atomics, no barrier over the grid, no global list, the same bits in ev
 A *tile* is two pieces of ROWS rows: gate rows and the gate rows after them, or the up and the down
 rows of ROWS kept neurons. The rows of tile t + 1 are asked for before tile t is used, and the list
 of kept neurons is read one tile earlier still, so the change from gate rows to kept rows leaves no
-gap. Rows are 1-D tensors and all else is scalar: no layout is ever converted in the loop.
+gap. What a row is depends on the format (rows.py); all else is scalar: no layout is ever converted
+in the loop.
 """
 
 # Triton's language has no types that a checker could use.
@@ -18,6 +19,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .rows import (
+    add_row,
+    column_of,
+    dots,
+    fields,
+    load_row,
+    load_tokens,
+    no_rows,
+    places,
+    store_partial,
+)
 
 _TOKEN_BIT = tl.constexpr(24)  # of kept_index: the neuron below, above it one bit a token
 _NEURON = tl.constexpr(2**24 - 1)
@@ -35,60 +48,6 @@ def _activation(z, ACT: tl.constexpr):
         tl.static_assert(ACT == "relu")
         g = tl.where(z < 0.0, 0.0, z)  # not maximum, which hides NaN
     return g
-
-
-@triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
-
-
-@triton.jit
-def _dots(rows, xs, N: tl.constexpr, TOKENS: tl.constexpr):
-    """Dot products of N rows with each token, token fastest; one pair of barriers for them all."""
-    products = ()
-    for j in tl.static_range(N):
-        row = rows[j].to(tl.float32)
-        for token in tl.static_range(TOKENS):
-            products = products + (row * xs[token],)
-    if N * TOKENS == 1:
-        sums = (tl.sum(products[0], axis=0),)
-    elif N * TOKENS == 2:
-        sums = tl.reduce(products, 0, _add2)
-    elif N * TOKENS == 4:
-        sums = tl.reduce(products, 0, _add4)
-    else:
-        tl.static_assert(N * TOKENS == 8)
-        sums = tl.reduce(products, 0, _add8)
-    return sums
-
-
-@triton.jit
-def _row(weight, row, stride, live, cols, H, EVEN: tl.constexpr):
-    """One row of a weight; if it is not live, zeros, and nothing is read."""
-    mask = live
-    if not EVEN:
-        mask = live & (cols < H)
-    at = weight + row.to(tl.int64) * stride + cols
-    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _tokens(x, T, cols, H, TOKENS: tl.constexpr):
-    xs = ()
-    for token in tl.static_range(TOKENS):
-        row = tl.load(x + token * H + cols, mask=(cols < H) & (token < T), other=0.0)
-        xs = xs + (row.to(tl.float32),)
-    return xs
 
 
 @triton.jit
@@ -118,6 +77,9 @@ def stream_kernel(
     w_down_t,
     threshold,
     mean,
+    gate_scale,
+    up_scale,
+    down_scale,
     kept_gate,
     kept_index,
     partial,
@@ -125,20 +87,27 @@ def stream_kernel(
     H,
     I,
     H_OUT,
+    WORDS_OUT,
     gate_stride,
     up_stride,
     down_stride,
+    gate_scales,
+    down_scales,
     ACT: tl.constexpr,
     PER_NEURON: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     TOKENS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH_KB: tl.constexpr,
     THREADS: tl.constexpr,
 ):
+    """BLOCK and RUN are those of :func:`.rows.places`; strides count a row's elements or words, and
+    ``gate_scales`` and ``down_scales`` are an int4 row's scales."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     first = (pid.to(tl.int64) * I // programs).to(tl.int32)
@@ -148,12 +117,13 @@ def stream_kernel(
         if PREFETCH_KB:
             _prefetch(w_gate, first, last, gate_stride, THREADS, PREFETCH_KB)
         tl.extra.cuda.gdc_wait()
-    cols = tl.arange(0, BLOCK_H)
+    at = places(BLOCK, RUN, FORMAT)
     TILE: tl.constexpr = 2 * ROWS
     gate_tiles = (last - first + TILE - 1) // TILE
+    gates = (w_gate, gate_stride, gate_scale, gate_scales)
     tile = ()
     for j in tl.static_range(TILE):
-        tile = tile + (_row(w_gate, first + j, gate_stride, first + j < last, cols, H, EVEN),)
+        tile = tile + load_row(gates, first + j, first + j < last, at, H, EVEN, FORMAT)
     # The next tile's list entries. Whatever moves from one name to another in the loop must not
     # begin as the same SSA value in both: Triton would take the later name for a constant.
     asked, asked_gate, asked_number = (), (), pid * 0
@@ -163,13 +133,11 @@ def stream_kernel(
     for j in tl.static_range(ROWS * TOKENS):
         asked_gate = asked_gate + ((pid * 0).to(tl.float32),)
         using_gate = using_gate + ((pid * 0).to(tl.float32),)
-    xs = _tokens(x, T, cols, H, TOKENS)
+    xs = load_tokens(x, T, at, H, TOKENS, FORMAT)
     limit = 0.0
     if not PER_NEURON:
         limit = tl.load(threshold)
-    out = ()
-    for token in tl.static_range(TOKENS):
-        out = out + (tl.zeros([BLOCK_H], tl.float32),)
+    out = no_rows(at, TOKENS, FORMAT)
     count, read, used, t = pid * 0, pid * 0, pid * 0, pid * 0
     while (t < gate_tiles) | (used < count):
         # Tile t + 1: ask for its rows.
@@ -182,26 +150,33 @@ def stream_kernel(
             if j < ROWS:
                 weight = tl.where(gating, w_gate, w_up)
                 stride = tl.where(gating, gate_stride, up_stride)
-                width = H
+                scale, scales, width = gate_scale, gate_scales, H
+                if FORMAT != "float":
+                    scale = tl.where(gating, gate_scale, up_scale)
             else:
                 weight = tl.where(gating, w_gate, w_down_t)
                 stride = tl.where(gating, gate_stride, down_stride)
                 width = tl.where(gating, H, H_OUT)
-            following = following + (_row(weight, index, stride, live, cols, width, EVEN),)
+                scale, scales = down_scale, down_scales
+                if FORMAT != "float":
+                    scale = tl.where(gating, gate_scale, down_scale)
+                    scales = tl.where(gating, gate_scales, down_scales)
+            matrix = (weight, stride, scale, scales)
+            following = following + load_row(matrix, index, live, at, width, EVEN, FORMAT)
         # Tile t + 2: if its neurons are kept ones, read which.
         number = tl.where(t + 2 >= gate_tiles, tl.minimum(ROWS, count - read), 0)
         later = ()
         later_gate = ()
         for j in tl.static_range(ROWS):
-            at = first + read + j
-            later = later + (tl.load(kept_index + at, mask=j < number, other=0),)
+            entry_at = first + read + j
+            later = later + (tl.load(kept_index + entry_at, mask=j < number, other=0),)
             for token in tl.static_range(TOKENS):
-                g = tl.load(kept_gate + token * I + at, mask=j < number, other=0.0)
+                g = tl.load(kept_gate + token * I + entry_at, mask=j < number, other=0.0)
                 later_gate = later_gate + (g,)
         read += number
         # Tile t: use it.
         if t < gate_tiles:
-            z = _dots(tile, xs, TILE, TOKENS)
+            z = dots(tile, xs, TILE, TOKENS, FORMAT)
             for j in tl.static_range(TILE):
                 neuron = first + t * TILE + j
                 if PER_NEURON:
@@ -221,28 +196,27 @@ def stream_kernel(
                 count += (entry > _NEURON).to(tl.int32)
             tl.debug_barrier()  # the list is read by other threads in later turns
         else:
-            u = _dots(tile, xs, ROWS, TOKENS)
+            u = dots(tile, xs, ROWS, TOKENS, FORMAT)
             for j in tl.static_range(ROWS):
-                down = tile[ROWS + j].to(tl.float32)
                 if HAS_MEAN:
                     neuron = using[j] & _NEURON
                     m = tl.load(mean + neuron, mask=j < using_number, other=0.0)
-                new = ()
+                hs = ()
                 for token in tl.static_range(TOKENS):
                     h = using_gate[j * TOKENS + token] * u[j * TOKENS + token]
                     if HAS_MEAN:
+                        h -= m
+                    if TOKENS > 1:  # of those that drop it, too, u may be infinite
                         kept = (using[j] >> (_TOKEN_BIT + token)) & 1
-                        h -= m * kept.to(tl.float32)
-                    new = new + (out[token] + down * h,)
-                out = new
+                        h = tl.where(kept != 0, h, 0.0)
+                    hs = hs + (h,)
+                out = add_row(out, tile, ROWS + j, hs, TOKENS, FORMAT)
             used += using_number
         tile = following
         using, using_gate, using_number = asked, asked_gate, asked_number
         asked, asked_gate, asked_number = later, later_gate, number
         t += 1
-    for token in tl.static_range(TOKENS):
-        at = partial + (pid.to(tl.int64) * T + token) * H_OUT + cols
-        tl.store(at, out[token], mask=(cols < H_OUT) & (token < T))
+    store_partial(partial, out, T, at, WORDS_OUT, TOKENS, FORMAT)
 
 
 @triton.jit
@@ -253,21 +227,26 @@ def sum_kernel(
     P,
     N,
     H_OUT,
+    WORDS_OUT,
     HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_P)
-    mask = (rows < P)[:, None] & (cols < N)[None, :]
+    mask = (rows < P)[:, None] & (at < N)[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # One piece: every load is under way before the first is needed.
-    total = tl.sum(
-        tl.load(partial + rows[:, None] * N + cols[None, :], mask=mask, other=0.0), axis=0
-    )
+    total = tl.sum(tl.load(partial + rows[:, None] * N + at[None, :], mask=mask, other=0.0), axis=0)
+    FIELDS: tl.constexpr = fields(FORMAT)
+    line = at // WORDS_OUT
+    column = column_of(at % WORDS_OUT, line % FIELDS, FORMAT)
+    mask = (at < N) & (column < H_OUT)
     if HAS_BIAS:
-        total += tl.load(bias + cols % H_OUT, mask=cols < N, other=0.0)
-    tl.store(y + cols, total.to(y.dtype.element_ty), mask=cols < N)
+        total += tl.load(bias + column, mask=mask, other=0.0)
+    to = y + line // FIELDS * H_OUT + column
+    tl.store(to, total.to(y.dtype.element_ty), mask=mask)
