@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import catsparse
+from cases import same
 from catsparse import hub
 from catsparse.data import load_windows
-from catsparse.kernels import backend, cuda, gated_mlp_reference, keep_mask
+from catsparse.kernels import FORMATS, backend, cuda, gated_mlp_reference, keep_mask
 from catsparse.modules import sparse_modules
 from gpu_op import TOLERANCE, Case
+from test_triton_formats import every_number
 from test_triton_preview import decided_by_reference, exact_call, masks
 
 pytestmark = [
@@ -68,6 +70,57 @@ KINDS = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_previews_and_second_decisions(shape: tuple[Any, ...], kind: tuple[Any, ...]) -> None:
     Case(*shape, *kind).check("triton")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("packed", FORMATS)
+def test_packed_weights(packed: str, shape: tuple[Any, ...]) -> None:
+    """Plain, with a second decision, and with previews of other numbers than theirs."""
+    if packed == "int4" and (shape[1] % 64 or shape[3] % 64):
+        pytest.skip("rows are not whole groups")
+    for kind in ((0, "", False), (0, "vector", False), (4, "", False), (8, "scalar", True)):
+        Case(*shape, *kind, packed).check("triton")
+
+
+@pytest.mark.parametrize("packed", FORMATS)
+def test_every_number_of_a_format(packed: str) -> None:
+    assert same(*every_number(packed, "cuda"))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("packed", FORMATS)
+def test_dropped_packed_rows_are_not_read(packed: str, tokens: int) -> None:
+    for bits, second in ((0, ""), (0, "vector"), (4, "vector")):
+        case = Case(torch.bfloat16, 1024, 3000, 1024, "silu", tokens, bits, second, packed=packed)
+        threshold = case.cut(0.6)
+        expected = case.call(threshold, True, backend="triton")
+        gated = (case.decided.abs() > threshold).any(dim=0)
+        down = ((case.decided.abs() > threshold) & case.stays).any(dim=0)
+        if bits:
+            case.extra["gate_scale"][~gated] = float("nan")
+        case.extra["up_scale"][~gated] = float("nan")
+        case.extra["down_scale"][~down] = float("nan")
+        assert torch.equal(case.call(threshold, True, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("hostile", [0.0, float("nan"), 1e-40])
+@pytest.mark.parametrize("packed", FORMATS)
+def test_hostile_scales_of_packed_weights(packed: str, hostile: float) -> None:
+    """Such a gate is below any threshold, and no other neuron's changes."""
+    case = Case(torch.bfloat16, 512, 900, 512, "silu", 1, packed=packed)
+    threshold = case.cut(0.5)
+    case.extra["gate_scale"].view(900, -1)[17] = hostile
+    case.decided[:, 17] = 0
+    y = case.call(threshold, False, backend="triton")
+    assert case.error(y, threshold, False) < TOLERANCE[case.dtype]
+
+
+def test_packed_weights_that_the_cuda_kernel_does_not_take_run_here() -> None:
+    odd = Case(torch.bfloat16, 250, 300, 250, "silu", 3, packed="int8")
+    previewed = Case(torch.bfloat16, 512, 300, 512, "silu", 1, 8, packed="int4")
+    for case in (odd, previewed):
+        threshold = case.cut(0.5)
+        assert torch.equal(case.call(threshold, True), case.call(threshold, True, backend="triton"))
 
 
 @pytest.mark.parametrize("products", [False, True])
