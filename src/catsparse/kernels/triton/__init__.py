@@ -1,8 +1,9 @@
 """``catsparse::gated_mlp`` in Triton: argument checks and the call.
 
 For what cuda.cu does not take: GPUs of AMD or older than Hopper, rows that are not whole 16-byte
-pieces. One to four tokens. Nothing depends on the data but what is read, so calls can be captured
-in a CUDA graph, and sums have a fixed order, so results repeat bit for bit.
+pieces. One to four tokens; weights in floats or a format of formats.py. Nothing depends on the data
+but what is read, so calls can be captured in a CUDA graph, and sums have a fixed order, so results
+repeat bit for bit.
 
 The plain call is stream.py's one kernel. With a preview or a second decision a launch decides first
 (decide.py), and the next reads the rows of what is left (kept.py). Plans are in plans.py, what is
