@@ -29,8 +29,8 @@ TOLERANCE = KERNEL_TOLERANCE | {torch.bfloat16: 2.0**-7}
 DTYPES = list(TOLERANCE)
 # Hidden size, neurons, columns, tokens: rows that are whole words and such that are not, whole
 # powers of two and not; of int4 either side of a block of runs, and with a rest behind it.
-ANY_SIZES = [(1, 1, 1, 1), (37, 5, 41, 1), (64, 9, 64, 2), (129, 4, 83, 3), (192, 5, 100, 4)]
-WHOLE_GROUPS = [(64, 7, 64, 1), (192, 5, 64, 2), (512, 4, 576, 3), (1088, 3, 128, 4)]
+ANY_SIZES = [(1, 1, 1, 1), (37, 4, 41, 1), (64, 7, 64, 2), (129, 3, 83, 3), (192, 4, 100, 4)]
+WHOLE_GROUPS = [(64, 5, 64, 1), (192, 4, 64, 2), (512, 3, 576, 3), (1088, 2, 128, 4)]
 SHAPES = [(weights, shape) for weights in ("int8", "fp8") for shape in ANY_SIZES]
 SHAPES += [("int4", shape) for shape in WHOLE_GROUPS]
 # Bits of a preview, whether it is of products, and a second decision.
@@ -86,7 +86,7 @@ def test_threads_that_read_several_words(weights: str, monkeypatch: pytest.Monke
     plan = plans.find_plan(4096, 1, torch.bfloat16, weights)
     assert plan.rows == (4 if weights == "int4" else 2)
     monkeypatch.setattr(plans, "run_words", lambda *_: 4 if weights == "int4" else 2)
-    case = packed_case(weights, (128, 4, 192, 5), 0, *PLAIN)
+    case = packed_case(weights, (128, 3, 192, 5), 0, *PLAIN)
     case.check(run(*case.arguments), TOLERANCE[case.dtype])
     monkeypatch.setattr(plans, "find_plan", lambda *_: plan)
     case = packed_case(weights, (576, 7, 64, 1), 1, *KINDS[0])
@@ -186,9 +186,9 @@ def test_hostile_scales(weights: str, place: int) -> None:
     for tokens, hostile in ((1, (0.0, 1e-40, 1e30)), (3, (torch.inf,)), (1, (torch.nan,))):
         if (weights, place, hostile) == ("int4", 0, (torch.inf,)):
             continue  # infinite or, by another order of the sum, NaN
-        case = packed_case(weights, (64, 6, 64, tokens), 0, *PLAIN)
+        case = packed_case(weights, (64, 4, 64, tokens), 0, *PLAIN)
         for row, value in enumerate(hostile):
-            case.scales[place].view(6, -1)[row, 0] = value
+            case.scales[place].view(4, -1)[row, 0] = value
         scales = dict(zip(("gate_scale", "up_scale", "down_scale"), case.scales, strict=True))
         call = Call(case.x, *case.packed, case.threshold, "relu", **scales)
         y, expected = kernels.gated_mlp_triton(call).double(), truth(call)
@@ -211,7 +211,7 @@ def test_the_op_comes_here_where_cuda_does_not_serve(
     monkeypatch.setattr(cuda, "why_not_cuda", lambda device: "an older one")
     monkeypatch.setattr(cuda, "why_not_triton", lambda device: None)
     monkeypatch.setattr(cuda, "gated_mlp_reference", never)
-    case = packed_case(weights, (64, 5, 128, 5), 0, *PLAIN)
+    case = packed_case(weights, (64, 3, 64, 5), 0, *PLAIN)
     case.check(cuda.gated_mlp_cuda(Call(*case.arguments)), TOLERANCE[case.dtype])
 
 
