@@ -146,6 +146,9 @@ def test_triton_serves_decisions_that_cuda_does_not(monkeypatch: pytest.MonkeyPa
             words = f"{why}; torch would read all for a preview or a second decision"
             assert choice == Choice(Backend.TRITON, 4, words)
             assert choice.op_tokens == 4  # more are torch's
+        choice = choose_backend(Backend.AUTO, *rest, packed="int8")
+        words = f"{why}; torch would make floats of packed weights"
+        assert choice == Choice(Backend.TRITON, MAX_OP_TOKENS, words)
         assert choose_backend(Backend.AUTO, *rest) == Choice(Backend.TORCH, 0, why)
         assert choose_backend(Backend.CUDA, *rest, PREVIEWED) == Choice(Backend.TORCH, 0, why)
         for dtype, sizes in ((torch.float64, (63, 5, 63)), (torch.bfloat16, (8200, 5, 63))):

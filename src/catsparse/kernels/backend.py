@@ -129,9 +129,13 @@ def _choose_on_gpu(
         reason = why_not_sizes(device, dtype, *sizes, None, packed)
     if reason is not None:
         decides = decisions.preview is not None or decisions.second
-        if asked is Backend.AUTO and decides and _why_not_triton(device, dtype, sizes) is None:
-            words = f"{reason}; torch would read all for a preview or a second decision"
-            return Choice(Backend.TRITON, TRITON_TOKENS, words)
+        if asked is Backend.AUTO and _why_not_triton(device, dtype, sizes) is None:
+            if packed is not None:  # five bytes for each of int8, at any number of tokens
+                words = f"{reason}; torch would make floats of packed weights"
+                return Choice(Backend.TRITON, MAX_OP_TOKENS, words)
+            if decides:
+                words = f"{reason}; torch would read all for a preview or a second decision"
+                return Choice(Backend.TRITON, TRITON_TOKENS, words)
         return _asked_for(Backend.CUDA, reason)
     left_out = None
     if decisions.preview is not None and sizes is not None and packed != "int4":
