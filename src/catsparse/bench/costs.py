@@ -283,16 +283,24 @@ class Group:
     vs_dense_worst: float
 
 
+def kind_of(setting: Setting) -> str:
+    """What decides, in words."""
+    if not setting.sparsity:
+        return "dense"
+    if setting.preview is None:
+        return "exact gate"
+    return f"{setting.preview}-bit {'product' if setting.products else 'gate'} preview"
+
+
 def groups(checks: Sequence[Check]) -> list[Group]:
-    """By device, number of tokens, and whether a preview, the exact gate or nothing decides."""
+    """By device, number of tokens, and what decides."""
     kinds: dict[str, list[Check]] = {}
     for one in checks:
         setting = one.row.setting
-        kind = "dense"
-        if setting.sparsity:
-            kind = "sparse" if setting.preview is None else f"{setting.preview}-bit preview"
         many = f"{setting.batch} token{'s' * (setting.batch > 1)}"
-        kinds.setdefault(f"{one.row.what} on {one.row.device}, {many}, {kind}", []).append(one)
+        kinds.setdefault(
+            f"{one.row.what} on {one.row.device}, {many}, {kind_of(setting)}", []
+        ).append(one)
     return [
         Group(
             name,

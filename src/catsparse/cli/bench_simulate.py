@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ..config import check_choice, check_preview
@@ -26,6 +27,7 @@ from .common import (
 )
 
 MOST_SEQUENCES, MOST_CONTEXT, MOST_GPUS, MOST_EXPERTS = 4096, 2**24, 1024, 4096
+WIDTH = 112  # of the widest table
 # What --rows has no use for: the rows say it.
 _OF_SETTINGS = (
     *("config", "engine", "gpu", "sparsity", "batch", "context", "weights", "preview", "products"),
@@ -212,23 +214,24 @@ def _check_rows(
             f"{one.error:+.1%}",
             *(f"{one.row.vs_dense:.2f}x", f"{one.vs_dense:.2f}x", f"{one.vs_dense_error:+.1%}"),
         )
-    out.print(table)
+    _print(table)
     table = _table("errors: median, and largest", "", "rows", "speed", "", "vs dense", "")
     for group in groups(checks):
         table.add_row(
             *(group.name, str(group.rows), f"{group.error:.1%}", f"{group.worst:+.1%}"),
             *(f"{group.vs_dense_error:.1%}", f"{group.vs_dense_worst:+.1%}"),
         )
-    out.print(table)
+    _print(table)
     if left_out:
         out.print(f"{left_out} other rows: peers, CPUs, fp32, dropped inputs, other shapes")
 
 
 def _of_check(one: Any) -> dict[str, Any]:
     """Plain values of a check: µs of an op, tokens/s of a model."""
+    from ..bench.costs import kind_of
+
     row, setting = one.row, one.row.setting
     op = row.what == "op"
-    preview = "" if setting.preview is None else f"{setting.preview}-bit preview"
     return {
         "what": row.what,
         "name": setting.shape.name,
@@ -236,7 +239,7 @@ def _of_check(one: Any) -> dict[str, Any]:
         "batch": setting.batch,
         "context": setting.context,
         "sparsity": setting.sparsity,
-        "decided": (preview + " of products" * setting.products) or "exact gate",
+        "decided": kind_of(setting),
         "measured": row.seconds * 1e6 if op else setting.batch / row.seconds,
         "predicted": one.seconds * 1e6 if op else setting.batch / one.seconds,
         "vs_dense": row.vs_dense,
@@ -275,25 +278,25 @@ def _print_table(rows: list[Any]) -> None:
     if first.experts > 1:
         fixed.append(f"{first.active_experts} of {first.experts} experts")
     stages, linked = (any(getattr(row, key) > 1 for row in rows) for key in ("pp", "tp"))
-    title = f"simulated {first.name}, {first.weights}, {', '.join(fixed)}, {first.engine} on "
+    title = ", ".join([f"simulated {first.name}", first.weights, *fixed, first.engine])
     table = _table(
-        title + first.gpu,
+        f"{title} on {first.gpu}",
         *varied,
-        *("dropped", "MLP skipped", "GB read", "GB held", "tokens/s"),
-        *(["pipeline full"] if stages else []),
-        *("bytes allow", "vs dense", "cache", "fixed"),
+        *("dropped", "MLP\nskipped", "GB\nread", "GB\nheld", "tokens/s"),
+        *(["pipeline\nfull"] if stages else []),
+        *("bytes\nallow", "vs\ndense", "cache", "fixed"),
         *(["links"] if stages or linked else []),
     )
     for row in rows:
         cells = [str(getattr(row, key)) for key in varied]
-        cells += [f"{row.sparsity:.0%}", f"{row.bytes_skipped:.1%}"]
+        cells += [f"{row.sparsity:.0%}", f"{row.bytes_skipped:.0%}"]
         cells += [f"{row.read_gb:.3g}", f"{row.memory_gb:,.3g}", f"{row.tokens_per_second:,.0f}"]
         cells += [f"{row.full_tokens_per_second:,.0f}"] if stages else []
         cells += [f"{row.bytes_allow:.2f}x", f"{row.vs_dense:.2f}x"]
         cells += [f"{row.cache_time:.0%}", f"{row.fixed_time:.0%}"]
         cells += [f"{row.links_time:.0%}"] if stages or linked else []
         table.add_row(*cells)
-    out.print(table)
+    _print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -304,3 +307,8 @@ def _table(title: str, *columns: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
+
+
+def _print(table: Table) -> None:
+    """Whole, as figures cut short would be wrong ones; a narrow terminal wraps the lines."""
+    Console(width=max(out.width, WIDTH)).print(table)
