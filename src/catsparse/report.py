@@ -179,7 +179,7 @@ def simulated_figure(rows: Sequence[dict[str, Any]]) -> Any:
         if row["sparsity"] or not varied:
             panels.setdefault(tuple(row[key] for key in varied[1:]), []).append(row)
     panels = panels or {(): list(rows)}
-    figure = new_figure(width=3.6 * len(panels) + 1.6, height=3.2)
+    figure = new_figure(width=3.6 * len(panels) + 2.2, height=3.2)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (values, chosen) in zip(axes, panels.items(), strict=True):
         lines = sorted({row["sparsity"] for row in chosen}) if varied else [None]
@@ -189,7 +189,8 @@ def simulated_figure(rows: Sequence[dict[str, Any]]) -> Any:
             x = [row[along] for row in line]
             color, label = f"C{number}", "simulated" if share is None else f"{share:.0%} dropped"
             axis.plot(x, [row["vs_dense"] for row in line], "o-", color=color, ms=4, label=label)
-            axis.plot(x, [row["bytes_allow"] for row in line], "--", color=color, linewidth=1)
+            allowed = [row["bytes_allow"] for row in line]
+            axis.plot(x, allowed, "--", color=color, linewidth=1, label=f"{label}: bytes allow")
         axis.axhline(1.0, color=MUTED, linewidth=0.8)
         if along == "sparsity":
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -204,10 +205,10 @@ def simulated_figure(rows: Sequence[dict[str, Any]]) -> Any:
         plain_axis(axis)
     axes[0].set_ylabel("speedup over dense")
     first = rows[0]
-    title = f"simulated: {first['name']}, {first['engine']} on {first['gpu']}; dashed: bytes allow"
+    title = f"simulated: {first['name']}, {first['engine']} on {first['gpu']}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
     return figure
 
 

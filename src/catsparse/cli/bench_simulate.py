@@ -27,7 +27,7 @@ from .common import (
 )
 
 MOST_SEQUENCES, MOST_CONTEXT, MOST_GPUS, MOST_EXPERTS = 4096, 2**24, 1024, 4096
-WIDTH = 112  # of the widest table
+WIDTH = 120  # of the widest table
 # What --rows has no use for: the rows say it.
 _OF_SETTINGS = (
     *("config", "engine", "gpu", "sparsity", "batch", "context", "weights", "preview", "products"),
