@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CatsparseError
+from ..kernels import MAX_OP_TOKENS
 from ..rows import read_lines
 from ..strict_json import shorten
 from .shapes import SHAPES
@@ -24,6 +25,8 @@ from .traffic import BF16, Setting, layer_bytes, sparse_tokens
 # bytes/s: the fastest pass of bench's probe over the runs of decode-cuda-h200.jsonl and
 # decode-cuda-h100.jsonl.
 BANDWIDTH = {"h100": 3.145e12, "h200": 4.674e12}
+# Other cards of these names have another memory.
+_DEVICES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
 # A sum over ranks in one server and NVLink in one direction, both assumed: nothing here was
 # measured on several GPUs. docs/scale.md has the sources and what other values change.
 LINK_LATENCY, LINK_BANDWIDTH = 10e-6, 370e9
@@ -105,7 +108,7 @@ class Measured:
     @property
     def gpu(self) -> str | None:
         """Its name in :data:`BANDWIDTH`, if it is there."""
-        return next((name for name in BANDWIDTH if name in self.device.lower()), None)
+        return _DEVICES.get(self.device)
 
     @property
     def engine(self) -> str:
@@ -115,8 +118,8 @@ class Measured:
 def read_measured(paths: Iterable[Path]) -> tuple[list[Measured], int]:
     """The rows of benchmarks' files that can be simulated, and the number of those that cannot.
 
-    Left out are peers and transformers' loop, torch's own MLP, dropped inputs, CPUs, fp32, and
-    shapes without a name.
+    Left out are peers and transformers' loop, torch's own MLP, dropped inputs, CPUs, fp32, shapes
+    without a name, and more sequences than our step takes.
 
     Raises:
         CatsparseError: a file cannot be read, or a row lacks a number that it should have.
@@ -148,8 +151,10 @@ def _measured(row: object, where: str) -> Measured | None:
     ):
         return None
     sparsity = _number(row, "sparsity", where, 0, 0.9999)
-    tokens = int(_number(row, "tokens", where, 1, 4096))
-    context = 0 if what == "op" else int(_number(row, "context", where, 0, 2**24))
+    tokens = int(_number(row, "tokens", where, 1, 4096, int))
+    if what == "decode" and tokens > MAX_OP_TOKENS:
+        return None
+    context = 0 if what == "op" else int(_number(row, "context", where, 0, 2**24, int))
     p50 = _number(row, "p50", where, 1e-9, 1e12)
     preview, products = method if sparsity else (None, False)
     setting = Setting(shape, sparsity, tokens, context, preview=preview, products=products)
@@ -181,9 +186,11 @@ def _method(what: object, impl: str, row: dict[str, Any]) -> tuple[int | None, b
     return known.get(impl)
 
 
-def _number(row: dict[str, Any], key: str, where: str, least: float, most: float) -> float:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+def _number(
+    row: dict[str, Any], key: str, where: str, least: float, most: float, kind: type = float
+) -> float:
+    value: Any = row.get(key)
+    if type(value) not in (int, kind) or not least <= value <= most:
         raise CatsparseError(
             f"{where} has {shorten(repr(value))} for {key}; give rows as bench wrote them"
         )

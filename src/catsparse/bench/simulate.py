@@ -46,7 +46,7 @@ class Machine:
     """One engine on GPUs of a kind.
 
     Attributes:
-        engine: of :data:`.traffic.ENGINES`: decides how many tokens of a step run sparse.
+        engine: of :data:`.traffic.ENGINES`, says how many tokens of a step run sparse; or ``op``.
         bandwidth: bytes/s that a kernel which only reads gets from memory.
         few: of steps by the sparse kernels, dense ones of as many tokens included.
         many: of steps with more tokens.
@@ -90,7 +90,7 @@ def simulate(setting: Setting, machine: Machine) -> Step:
     """One decode step of ``setting`` on ``machine``.
 
     Raises:
-        CatsparseError: our own step does not take so many sequences.
+        CatsparseError: the engine does not take so many sequences, or such weights.
     """
     if machine.engine == "catsparse" and setting.batch > MAX_OP_TOKENS:
         raise CatsparseError(

@@ -126,7 +126,15 @@ def sparse_tokens(setting: Setting, engine: str) -> int:
 
     catsparse: what its op takes by itself. vLLM: as many of them as leave something to skip, of
     the prefill policy ``dense``.
+
+    Raises:
+        CatsparseError: vLLM does not take such weights beside ``cats``.
     """
+    if engine == "vllm" and setting.weights != "bf16":
+        raise CatsparseError(
+            f"vLLM takes no {setting.weights} weights beside cats; leave --weights out, or give "
+            "--engine catsparse"
+        )
     hidden = setting.shape.hidden
     packed = None if setting.weights == "bf16" else setting.weights
     most = auto_tokens(torch.bfloat16, BF16 * hidden, packed)

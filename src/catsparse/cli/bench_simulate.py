@@ -183,20 +183,23 @@ def _check_rows(
             f"none of the {left_out} rows can be simulated; give some of a GPU, in bf16 or fp16, "
             "of a named shape, and not of peers"
         )
-    of_fit = [] if fit is None else read([fit])[0]
     given = None if bandwidth is None else bandwidth * 1e12
-
-    def machine_of(row: Any) -> Any:
-        own = given or BANDWIDTH.get(row.gpu or "")
-        own = own or probed([other for other in found if other.device == row.device])
-        if of_fit and row.engine != "op":
-            return fitted_machine(of_fit, row.engine, given)
+    of_fit = [] if fit is None else read([fit])[0]
+    machines: dict[tuple[str, str], Any] = {}
+    for each in found:
+        key = (each.engine, each.device)
+        if key in machines:
+            continue
+        if fit is not None and each.engine != "op":  # of which a fit of whole steps says nothing
+            machines[key] = fitted_machine(of_fit, each.engine, given)
+            continue
+        own = given or BANDWIDTH.get(each.gpu or "")
+        own = own or probed([other for other in found if other.device == each.device])
         if own is None:
-            raise CatsparseError(f"the bandwidth of {row.device} is not known; give --bandwidth")
-        return machine(row.engine, own)
-
+            raise CatsparseError(f"the bandwidth of {each.device} is not known; give --bandwidth")
+        machines[key] = machine(each.engine, own)
     found = [replace(row, setting=replace(row.setting, overlap=overlap)) for row in found]
-    checks = check(found, machine_of)
+    checks = check(found, lambda row: machines[row.engine, row.device])
     if json:
         shown = [_of_check(one) for one in checks]
         kinds = [asdict(group) for group in groups(checks)]
