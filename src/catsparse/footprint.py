@@ -44,3 +44,28 @@ def bytes_skipped(
         return (sparsity + down) / 3
     read = (2 if of_products else 1) * preview_bytes(hidden, preview) / (hidden * itemsize)
     return (2 * sparsity + down - read) / 3
+
+
+def sparse_tokens(
+    most: int,
+    sparsity: float,
+    down_sparsity: float | None,
+    preview: int | None,
+    hidden: int,
+    itemsize: int,
+    of_products: bool = False,
+) -> int:
+    """The most tokens of a step, up to ``most``, for which a sparse kernel still skips something.
+
+    A row is read if any token keeps it, so of a sparsity s they leave out s^T, taken as
+    independent. Another 2% of the bytes must be left over. The other arguments are those of
+    :func:`bytes_skipped`.
+    """
+    down = sparsity if down_sparsity is None else down_sparsity
+    found = 0
+    for tokens in range(1, most + 1):
+        skipped = bytes_skipped(
+            *(sparsity**tokens, down**tokens, preview, hidden, itemsize, of_products)
+        )
+        found = tokens if skipped > 0.02 else found
+    return found

@@ -161,6 +161,57 @@ def measured_figure(rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
+def plot_simulated(rows: Sequence[dict[str, Any]], output: str | Path) -> list[Path]:
+    """Draw the rows of ``catsparse bench simulate`` as ``simulated`` in PNG and SVG."""
+    return save_figures({"simulated": simulated_figure(rows)}, Path(output))
+
+
+_AXES = {"batch": "sequences", "context": "context", "tp": "GPUs a layer", "pp": "stages"}
+
+
+def simulated_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Speedup over dense, a line for each sparsity, against what was varied, else against
+    sparsity; dashed, what the bytes allow. What else was varied makes panels."""
+    varied = [key for key in _AXES if len({row[key] for row in rows}) > 1]
+    along = varied[0] if varied else "sparsity"
+    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["sparsity"] or not varied:
+            panels.setdefault(tuple(row[key] for key in varied[1:]), []).append(row)
+    panels = panels or {(): list(rows)}
+    figure = new_figure(width=3.6 * len(panels) + 2.2, height=3.2)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (values, chosen) in zip(axes, panels.items(), strict=True):
+        lines = sorted({row["sparsity"] for row in chosen}) if varied else [None]
+        for number, share in enumerate(lines):
+            line = [row for row in chosen if share in (None, row["sparsity"])]
+            line.sort(key=lambda row: row[along])
+            x = [row[along] for row in line]
+            color, label = f"C{number}", "simulated" if share is None else f"{share:.0%} dropped"
+            axis.plot(x, [row["vs_dense"] for row in line], "o-", color=color, ms=4, label=label)
+            allowed = [row["bytes_allow"] for row in line]
+            axis.plot(x, allowed, "--", color=color, linewidth=1, label=f"{label}: bytes allow")
+        axis.axhline(1.0, color=MUTED, linewidth=0.8)
+        if along == "sparsity":
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        else:
+            ticks = sorted({row[along] for row in chosen})
+            axis.set_xscale("symlog" if ticks[0] == 0 else "log", base=2)
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
+        axis.set_xlabel(_AXES.get(along, "neurons dropped"))
+        parts = [f"{_AXES[key]} {value:,}" for key, value in zip(varied[1:], values, strict=True)]
+        axis.set_title(", ".join(parts), loc="left", fontsize=8.5)
+        plain_axis(axis)
+    axes[0].set_ylabel("speedup over dense")
+    first = rows[0]
+    title = f"simulated: {first['name']}, {first['engine']} on {first['gpu']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    return figure
+
+
 def _panels(
     rows: Sequence[dict[str, Any]], label: str, sharey: bool
 ) -> tuple[Any, list[tuple[Any, list[dict[str, Any]]]]]:

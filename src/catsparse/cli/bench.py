@@ -23,13 +23,24 @@ from ..config import (
     check_choice,
     check_method,
     check_preview,
-    check_sparsity,
 )
 from ..errors import CatsparseError
 from .bench_models import random_weights, real_weights
-from .common import Device, Json, Scope, err, make_folder, out, print_json
+from .bench_simulate import simulate
+from .common import (
+    Device,
+    Json,
+    Scope,
+    err,
+    make_folder,
+    out,
+    print_json,
+    sparsities,
+    whole_numbers,
+)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed: ratios from one interleaved run.")
+bench.command()(simulate)
 
 Sparsities = Annotated[str, typer.Option("--sparsity", help="Fractions to drop, as 0.5,0.7.")]
 Output = Annotated[
@@ -87,7 +98,7 @@ def op(
     make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
-    wanted, counts = _sparsities(sparsity), _counts(tokens)
+    wanted, counts = sparsities(sparsity), _counts(tokens)
     where = _device(device, threads)
     peers = dict(
         ("index_select", index_select) if name == "index_select" else load_peer(Path(name))
@@ -162,9 +173,9 @@ def decode(
     if (model is None) == (config is None):
         raise CatsparseError("name either a MODEL or a shape with --config")
     make_folder(output)
-    wanted = _sparsities(sparsity)
-    lengths = _numbers(prompt_tokens, "--prompt-tokens", 2)
-    batches = _numbers(batch, "--batch", 1)
+    wanted = sparsities(sparsity)
+    lengths = whole_numbers(prompt_tokens, "--prompt-tokens", 2)
+    batches = whole_numbers(batch, "--batch", 1)
     cases = list(itertools.product(batches, lengths))
     where = _device(device, threads)
     if compile and where.type != "cuda":
@@ -213,7 +224,7 @@ def tune(
     make_folder(output)
     sizes = [find_shape(name) for name in _names(shape)]
     dtypes = [parse_dtype(name) for name in dtype.split(",")]
-    wanted, counts, where = _sparsities(sparsity), _counts(tokens), _device(device, None)
+    wanted, counts, where = sparsities(sparsity), _counts(tokens), _device(device, None)
     cases = list(itertools.product(sizes, dtypes, counts))
     steps = sum(
         len(candidates(size.hidden * kind.itemsize, count)) + rounds + 1
@@ -239,23 +250,6 @@ def _names(shape: str) -> list[str]:
 
     names = shape.split(",")
     return names if names[0] in SHAPES else [shape]
-
-
-def _sparsities(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise CatsparseError(f"--sparsity takes fractions as 0.5,0.7, not {text!r}") from None
-    for value in values:
-        check_sparsity(value)
-    return values
-
-
-def _numbers(text: str, option: str, least: int) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) >= least for part in parts):
-        raise CatsparseError(f"{option} takes whole numbers from {least} on, not {text!r}")
-    return [int(part) for part in parts]
 
 
 def _counts(text: str) -> list[int]:

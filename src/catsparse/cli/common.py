@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..config import CONFIG_NAME, check_choice
+from ..config import CONFIG_NAME, check_choice, check_sparsity
 from ..errors import CatsparseError
+from ..strict_json import shorten
 
 err = Console(stderr=True)
 out = Console()
@@ -122,6 +123,29 @@ def token_windows(
     if data is not None and windows.numel() < tokens // seq_len * seq_len:
         err.print(f"{data} holds only {windows.numel():,} tokens of the {tokens:,} asked for")
     return windows, data or f"the bundled {bundled} text"
+
+
+def sparsities(text: str) -> list[float]:
+    """The fractions of ``--sparsity``."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CatsparseError(
+            f"--sparsity takes fractions as 0.5,0.7, not {shorten(repr(text))}"
+        ) from None
+    for value in values:
+        check_sparsity(value)
+    return values
+
+
+def whole_numbers(text: str, option: str, least: int, most: int | None = None) -> list[int]:
+    """Numbers by commas, from ``least`` to ``most``."""
+    parts = text.split(",")
+    plain = all(part.isascii() and part.isdigit() and len(part) < 12 for part in parts)
+    if not plain or not all(least <= int(part) <= (most or int(part)) for part in parts):
+        ends = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise CatsparseError(f"{option} takes whole numbers {ends}, not {shorten(repr(text))}")
+    return [int(part) for part in parts]
 
 
 def make_folder(path: Path) -> None:

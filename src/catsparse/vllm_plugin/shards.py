@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from .. import footprint
 from ..config import PRODUCT, SiteConfig, SparsityConfig
 from ..errors import CatsparseError
-from ..footprint import bytes_skipped
 from ..kernels import ACTIVATIONS, MAX_OP_TOKENS
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, add_sparsity
@@ -114,22 +114,16 @@ def sparse_tokens(config: SparsityConfig, name: str, shard: SparseMLP) -> int:
     """The most tokens of a step that run the sparse MLP rather than dense products.
 
     With the prefill policy ``masked`` all that the op takes. With ``dense`` as many as its kernel
-    takes and still skips something for: a row is read if any token keeps it, so of a sparsity s
-    they leave out s^T, taken as independent. Another 2% of the bytes must be left over.
+    takes and still skips something for.
     """
     if config.prefill == "masked":
         return MAX_OP_TOKENS
     site, weight = config.sites[name], shard.raw_gate_up()[0]
-    down = site.sparsity if site.down_sparsity is None else site.down_sparsity
     choice = shard.choose_backend(shard.catsparse_backend, shard.catsparse_down_copy)
-    most = 0
-    for tokens in range(1, choice.kernel_tokens + 1):
-        skipped = bytes_skipped(
-            *(site.sparsity**tokens, down**tokens, config.preview),
-            *(site.hidden_size, weight.element_size(), config.method == PRODUCT),
-        )
-        most = tokens if skipped > 0.02 else most
-    return most
+    return footprint.sparse_tokens(
+        *(choice.kernel_tokens, site.sparsity, site.down_sparsity, config.preview),
+        *(site.hidden_size, weight.element_size(), config.method == PRODUCT),
+    )
 
 
 def _check_sizes(name: str, site: SiteConfig, gate_up: Tensor, down: Tensor, ranks: int) -> None:
