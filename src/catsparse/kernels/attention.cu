@@ -2,10 +2,12 @@
  * the cache that hold a token: norms of q and k, rotary embedding, cache write, softmax, sum.
  *
  * A block takes one sequence, one key-value head with its GROUP query heads, and one share of the
- * slots; lanes of a warp share a slot's key. The block that ends last for a head adds the shares,
- * in order, so results repeat bit for bit. Stands behind numbers.cuh, with these constants:
+ * slots; lanes of a warp share a slot's key. CLUSTER blocks of a head add their shares through each
+ * other's shared memory, each some of the elements. Where one cluster would take too long, several
+ * share the slots, and the one that ends last adds theirs through global memory. All sums are in
+ * order, so results repeat bit for bit. Stands behind numbers.cuh, with these constants:
  *   HEAD     elements of a head          GROUP    query heads a key-value head
- *   THREADS  of a block, whole warps
+ *   THREADS  of a block, whole warps     CLUSTER  blocks of a cluster: 1, 2, 4 or 8
  *
  * Position, starts and the cache were written before the step began: they are read while the kernel
  * ahead, which computes q, k and v, still runs.
@@ -18,9 +20,12 @@
 #define SLOTS (32 / LANES)                     /* of a warp at a time */
 #define DEEP (GROUP * EACH > 2 ? 2 : 4)        /* slots that a lane has under way */
 #define STEP (WARPS * SLOTS * DEEP)
+#define AHEAD (GROUP * EACH <= 4)              /* whether registers hold the next slots as well */
 #define LOWEST -1e30f
 #define MOST_SPLITS 64
+/* Slots that a block takes before there is another cluster: a few are done sooner by one alone. */
 #define FEW 128
+#define OUTPUTS (GROUP * HEAD)
 
 /* Attention of attention.py. */
 struct Attention {
@@ -37,6 +42,24 @@ struct Attention {
     float scale, q_eps, k_eps, offset;
     int kv_heads, splits, window;
 };
+
+/* ---- clusters ------------------------------------------------------------------------------- */
+
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/* The float at the same address in another block's shared memory. */
+DEVICE float read_from(const float *mine, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), there;
+    float value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+    return value;
+}
+
+/* ---- a head ---------------------------------------------------------------------------------- */
 
 /* One head into shared memory: norm, rotary embedding, scale. By one warp; `all` is room for it. */
 DEVICE void prepare(const weight_t *from, const weight_t *norm, float eps, float offset,
@@ -90,10 +113,12 @@ struct Tile {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)
     attention(const __grid_constant__ Attention p) {
-    __shared__ float q[GROUP * HEAD], k_new[HEAD], v_new[HEAD];
+    __shared__ float q[OUTPUTS], k_new[HEAD], v_new[HEAD];
     __shared__ float sums[WARPS][GROUP][HEAD], maxima[WARPS][GROUP], totals[WARPS][GROUP];
+    __shared__ float own_top[GROUP], own_total[GROUP]; /* of this block */
+    float *own = q; /* [OUTPUTS], once the queries are in registers */
     __shared__ int last;
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int split = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.kv_heads;
@@ -103,14 +128,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     long long position = *p.position, start = p.starts[token];
     int from = (int)start, to = (int)position;
     if (p.window && to - from >= p.window) from = to - p.window + 1;
-    int slots = to - from, share = slots;
-    if (slots > FEW) { /* a few slots are done sooner by one block than shared */
-        share = max((slots + p.splits - 1) / p.splits, FEW / 2);
-        share = (share + STEP - 1) / STEP * STEP;
-    }
-    int used = slots ? (slots + share - 1) / share : 1;
-    if (split >= used) return;
-    int low = from + split * share, high = min(to, low + share);
+    int slots = to - from, share = (slots + CLUSTER - 1) / CLUSTER;
+    if (share > FEW) share = max((slots + p.splits - 1) / p.splits, FEW);
+    share = max(1, (share + STEP - 1) / STEP) * STEP;
+    /* Clusters with slots, at least one; all blocks of those go on. */
+    int used = max(1, (slots + share * CLUSTER - 1) / (share * CLUSTER));
+    int cluster = split / CLUSTER, rank = split % CLUSTER;
+    if (cluster >= used) return;
+    int low = min(to, from + split * share), high = min(to, low + share);
 
     long long cache = token * p.batch_stride + head * p.head_stride;
     int place = lane % LANES, slot = lane / LANES;
@@ -173,14 +198,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 
     for (; base < high; base += STEP) {
-        if (base >= low + STEP) tile.load(p, cache, base, low, high, place, slot);
+        Tile now;
+        if constexpr (AHEAD) {
+            now = tile;
+            if (base + STEP < high) tile.load(p, cache, base + STEP, low, high, place, slot);
+        } else {
+            if (base >= low + STEP) tile.load(p, cache, base, low, high, place, slot);
+            now = tile;
+        }
         float score[DEEP][GROUP] = {};
 #pragma unroll
         for (int u = 0; u < DEEP; u++) {
 #pragma unroll
             for (int c = 0; c < EACH; c++) {
                 float k[VEC];
-                unpack(tile.keys[u][c], k);
+                unpack(now.keys[u][c], k);
 #pragma unroll
                 for (int g = 0; g < GROUP; g++)
 #pragma unroll
@@ -191,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
                 for (int off = LANES / 2; off >= 1; off /= 2)
                     score[u][g] += __shfl_xor_sync(ALL, score[u][g], off);
-                if (!tile.live[u]) score[u][g] = LOWEST;
+                if (!now.live[u]) score[u][g] = LOWEST;
             }
         }
 #pragma unroll
@@ -206,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             for (int i = 0; i < EACH * VEC; i++) sum[g][i] *= keep;
 #pragma unroll
             for (int u = 0; u < DEEP; u++) {
-                score[u][g] = tile.live[u] ? exp2f(score[u][g] - higher) : 0.0f;
+                score[u][g] = now.live[u] ? exp2f(score[u][g] - higher) : 0.0f;
                 total[g] += score[u][g];
             }
         }
@@ -215,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int c = 0; c < EACH; c++) {
                 float v[VEC];
-                unpack(tile.values[u][c], v);
+                unpack(now.values[u][c], v);
 #pragma unroll
                 for (int g = 0; g < GROUP; g++)
 #pragma unroll
@@ -250,10 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
     __syncthreads();
 
-    weight_t *out = p.out + ((long long)token * p.kv_heads + head) * GROUP * HEAD;
-    long long unit = (long long)GROUP * (HEAD + 4), pair = (long long)token * p.kv_heads + head;
-    float *partial = p.partial + (pair * p.splits + split) * unit;
-    for (int i = tid; i < GROUP * HEAD; i += THREADS) {
+    for (int i = tid; i < OUTPUTS; i += THREADS) {
         int g = i / HEAD, d = i % HEAD;
         float higher = LOWEST, all = 0.0f, y = 0.0f;
 #pragma unroll
@@ -263,16 +292,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             float keep = exp2f(maxima[w][g] - higher);
             all += keep * totals[w][g], y += keep * sums[w][g][d];
         }
-        if (used == 1) {
-            out[i] = round_to_weight(y / all);
-            continue;
-        }
-        partial[i] = y;
-        if (d == 0) partial[GROUP * HEAD + g] = higher, partial[GROUP * (HEAD + 1) + g] = all;
+        own[i] = y;
+        if (d == 0) own_top[g] = higher, own_total[g] = all;
     }
-    if (used == 1) return;
-    __threadfence();
-    __syncthreads();
+    cluster_sync();
+
+    weight_t *out = p.out + ((long long)token * p.kv_heads + head) * OUTPUTS;
+    long long unit = (long long)GROUP * (HEAD + 4), pair = (long long)token * p.kv_heads + head;
+    int clusters = p.splits / CLUSTER;
+    float *partial = p.partial + (pair * clusters + cluster) * unit;
+    /* This block's part of the cluster's elements. */
+    for (int i = rank * (OUTPUTS / CLUSTER) + tid; i < (rank + 1) * (OUTPUTS / CLUSTER);
+         i += THREADS) {
+        int g = i / HEAD;
+        float tops[CLUSTER], y[CLUSTER], higher = LOWEST, all = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++)
+            tops[r] = read_from(own_top + g, r), y[r] = read_from(own + i, r);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) higher = fmaxf(higher, tops[r]);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            float keep = exp2f(tops[r] - higher);
+            all += keep * read_from(own_total + g, r), sum += keep * y[r];
+        }
+        if (used == 1)
+            out[i] = round_to_weight(sum / all);
+        else
+            partial[i] = sum;
+        if (used > 1 && i % HEAD == 0)
+            partial[OUTPUTS + g] = higher, partial[OUTPUTS + GROUP + g] = all;
+    }
+    if (used > 1) __threadfence();
+    cluster_sync(); /* none ends while another reads of it */
+    if (used == 1 || rank) return;
     if (tid == 0) {
         last = atomicAdd(p.arrived + pair, 1) == used - 1;
         if (last) p.arrived[pair] = 0;
@@ -281,11 +334,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (!last) return;
     __threadfence();
     /* factors[s][g]: what share s of head g counts. */
-    const float *shares = p.partial + pair * p.splits * unit;
+    const float *shares = p.partial + pair * clusters * unit;
     float *factors = (float *)sums, *tops = factors + MOST_SPLITS * GROUP;
     for (int i = tid; i < used * GROUP; i += THREADS)
-        tops[i] = __ldcg(shares + i / GROUP * unit + GROUP * HEAD + i % GROUP),
-        factors[i] = __ldcg(shares + i / GROUP * unit + GROUP * (HEAD + 1) + i % GROUP);
+        tops[i] = __ldcg(shares + i / GROUP * unit + OUTPUTS + i % GROUP),
+        factors[i] = __ldcg(shares + i / GROUP * unit + OUTPUTS + GROUP + i % GROUP);
     __syncthreads();
     if (tid < GROUP) {
         float higher = LOWEST, all = 0.0f;
@@ -297,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int s = 0; s < used; s++) tops[s * GROUP + tid] /= all;
     }
     __syncthreads();
-    for (int i = tid; i < GROUP * HEAD / 4; i += THREADS) {
+    for (int i = tid; i < OUTPUTS / 4; i += THREADS) {
         float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
         const float *keep = tops + i * 4 / HEAD;
 #pragma unroll 16

@@ -50,9 +50,15 @@ class Scratch:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         # One wave of blocks, so that the product after it can begin to ask for its weights.
         splits = max(1, min(_MOST_SPLITS, 2 * multiprocessors // (tokens * kv_heads)))
+        splits = splits // cluster_of(splits) * cluster_of(splits)
         partial = torch.empty(tokens * heads * splits * (head_size + 4), device=device)
         arrived = torch.zeros(tokens * kv_heads, dtype=torch.int32, device=device)
         return cls(partial, arrived, splits)
+
+
+def cluster_of(splits: int) -> int:
+    """Blocks of a cluster, where a head's slots are shared by so many blocks at most."""
+    return next(size for size in (8, 4, 2, 1) if size <= splits)
 
 
 def why_not_attention(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> str | None:
@@ -123,7 +129,7 @@ def attention(
     )
     with torch.cuda.device(qkv.device):
         stream = torch.cuda.current_stream().cuda_stream
-        kernel = _build(qkv.device, qkv.dtype, head_size, group)
+        kernel = _build(qkv.device, qkv.dtype, head_size, group, cluster_of(scratch.splits))
         kernel.launch(tokens * kv_heads * scratch.splits, argument, stream, early=True)
     return out
 
@@ -134,10 +140,18 @@ def _threads(group: int) -> int:
 
 
 @functools.cache
-def _build(device: torch.device, dtype: torch.dtype, head_size: int, group: int) -> Kernel:
+def _build(
+    device: torch.device, dtype: torch.dtype, head_size: int, group: int, cluster: int
+) -> Kernel:
+    code = compile_attention(dtype, head_size, group, cluster, arch(device))
+    return find_kernel(load_module(code, device), "attention", _threads(group))
+
+
+def compile_attention(
+    dtype: torch.dtype, head_size: int, group: int, cluster: int, target: str
+) -> bytes:
+    """For ``group`` query heads a key-value head."""
     constants = {"DTYPE": DTYPES.index(dtype), "HEAD": head_size, "GROUP": group}
-    constants["THREADS"] = threads = _threads(group)
-    code = compile_source(
-        (NUMBERS, SOURCE), tuple((k, str(v)) for k, v in constants.items()), arch(device)
-    )
-    return find_kernel(load_module(code, device), "attention", threads)
+    constants |= {"THREADS": _threads(group), "CLUSTER": cluster}
+    defines = tuple((name, str(value)) for name, value in constants.items())
+    return compile_source((NUMBERS, SOURCE), defines, target)

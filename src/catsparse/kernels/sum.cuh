@@ -75,9 +75,10 @@ struct Sum {
     int parts, tokens, columns;
 };
 
-/* 32 columns a block of 256 threads: 8 lanes of 4 columns, 32 partial outputs at a time. */
+/* 32 columns a block of 256 threads: 8 lanes of 4 columns, 32 partial outputs at a time, of which a
+ * warp adds up four by exchange. */
 extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_constant__ Sum p) {
-    __shared__ float4 sums[32][8];
+    __shared__ float4 sums[8][8];
     int lane = threadIdx.x % 8, row = threadIdx.x / 8;
     int total = p.tokens * p.columns, at = blockIdx.x * 32 + lane * 4;
     launch_dependents();
@@ -90,14 +91,19 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_cons
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
     }
-    sums[row][lane] = sum;
+#pragma unroll
+    for (int off = 8; off < 32; off *= 2) {
+        sum.x += __shfl_xor_sync(ALL, sum.x, off), sum.y += __shfl_xor_sync(ALL, sum.y, off);
+        sum.z += __shfl_xor_sync(ALL, sum.z, off), sum.w += __shfl_xor_sync(ALL, sum.w, off);
+    }
+    if (threadIdx.x % 32 < 8) sums[threadIdx.x / 32][lane] = sum;
     __syncthreads();
     int to = blockIdx.x * 32 + threadIdx.x;
     if (threadIdx.x < 32 && to < total) {
         const float *flat = (const float *)sums;
         float y = p.bias ? p.bias[to % p.columns] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < 32; i++) y += flat[i * 32 + threadIdx.x];
+        for (int i = 0; i < 8; i++) y += flat[i * 32 + threadIdx.x];
         if (p.residual) y = to_float(p.residual[to]) + rounded(y);
         p.y[to] = round_to_weight(y);
     }
