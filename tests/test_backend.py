@@ -127,7 +127,9 @@ def test_sizes_that_the_cuda_kernel_does_not_take(monkeypatch: pytest.MonkeyPatc
     for asked in (Backend.AUTO, Backend.CUDA):
         choice = choose_backend(asked, CUDA, torch.bfloat16, (9, 5, 9))
         assert choice == Choice(Backend.TORCH, 0, "too odd")
-    assert seen == [(CUDA, torch.bfloat16, 9, 5, 9)] * 2
+    assert seen == [(CUDA, torch.bfloat16, 9, 5, 9, None, None)] * 2
+    choose_backend(Backend.CUDA, CUDA, torch.bfloat16, (9, 5, 9), packed="int8")
+    assert seen[-1] == (CUDA, torch.bfloat16, 9, 5, 9, None, "int8")
 
 
 PREVIEWED = Decisions(PreviewKind(4, products=False))
@@ -171,7 +173,7 @@ def test_a_preview_that_cuda_does_not_take_is_left_out(monkeypatch: pytest.Monke
     for name in ("why_not_cuda", "why_not_triton"):
         monkeypatch.setattr(backend, name, lambda device: None)
     monkeypatch.setattr(
-        backend, "why_not_sizes", lambda *a: "no room" if a[5:] == (PREVIEWED.preview,) else None
+        backend, "why_not_sizes", lambda *a: "no room" if a[5] == PREVIEWED.preview else None
     )
     rest = CUDA, torch.bfloat16, (64, 5, 64)
     for asked, tokens in ((Backend.AUTO, 4), (Backend.CUDA, MAX_OP_TOKENS)):
@@ -188,7 +190,10 @@ def test_what_a_layer_decides_by_is_asked_about(
 ) -> None:
     seen = []
 
-    def choose(asked: Backend, device: Any, dtype: Any, sizes: Any, decisions: Decisions) -> Choice:
+    def choose(
+        asked: Backend, device: Any, dtype: Any, sizes: Any, decisions: Decisions, packed: str | None
+    ) -> Choice:
+        assert packed is None
         seen.append(decisions)
         return Choice(Backend.TORCH, 0, "as on a GPU")
 
@@ -421,3 +426,14 @@ def test_on_a_gpu_no_kernel_runs_without_the_copy(
     assert "needs the copy" in paths(sparse_llama)[0]
     with pytest.raises(CatsparseError, match="cannot run the backend cuda: the cuda kernel needs"):
         set_backend(sparse_llama, "cuda", down_copy=False)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_packed_weights_run_the_kernel_for_all_few_tokens(weights: str) -> None:
+    choice = choose_backend(Backend.AUTO, CPU, torch.bfloat16, (64, 5, 64), packed=weights)
+    if choice.backend is Backend.C:  # a compiler is there
+        assert choice.kernel_tokens == MAX_OP_TOKENS
+    previewed = choose_backend(
+        *(Backend.AUTO, CPU, torch.bfloat16, (64, 5, 64), PREVIEWED), packed=weights
+    )
+    assert (previewed.without_preview is not None) == (weights == "int4")
