@@ -1,9 +1,11 @@
 """Tokens/s of vLLM, dense beside sparse, by batch size -> rows and a table; needs vLLM and a GPU.
 
     python benchmarks/serving.py [--shape mistral-7b] [--batch 1,2,4,16,64] [--work FOLDER]
+        [--variants dense,dense-fp8]
 
 Random weights of the shape are written once; every variant is a process of its own that loads
-them: dense, and sparse by directories of thresholds over them, prompts dense. A sparse layer is
+them: dense, sparse by directories of thresholds over them, prompts dense, and if asked for dense in
+fp8 as vLLM quantizes it. A sparse layer is
 checked against the fp32 reference before anything is timed. A rate is the batch over the time of a
 step, which is the difference of a long and a short run over the tokens between them: the median of
 some rounds. The table in docs/serving.md was made by this script.
@@ -27,7 +29,7 @@ from catsparse.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "vllm-cuda.jsonl"
 CONTEXT, SHORT, LONG, ROUNDS = 100, 16, 144, 3
-MAKE, MADE = "make", "made"
+MAKE, MADE, FP8 = "make", "made", "dense-fp8"
 # Method, bits of the preview, sparsity.
 VARIANTS = (("product", 4, 0.5), ("energy", None, 0.5), ("product", 4, 0.7))
 
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="mistral-7b")
     parser.add_argument("--batch", default="1,2,4,16,64")
+    parser.add_argument("--variants", help="names, 'dense' first; default: all but dense-fp8")
     parser.add_argument("--work", type=Path, default=Path("out/serving"))
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a variant's folder, in its process
     args = parser.parse_args()
@@ -48,8 +51,17 @@ def main() -> None:
         return
     if not (args.work / MADE).exists():
         child(args, MAKE)
-    rows = [row for name in ("dense", *map(folder_of, VARIANTS)) for row in kept(args, name)]
-    dense = {row["tokens"]: row["p50"] for row in rows if row["impl"] == "dense"}
+    names = ["dense", *map(folder_of, VARIANTS)]
+    if args.variants:
+        names = args.variants.split(",")
+        if names[0] != "dense" or not {*names} <= {"dense", FP8, *map(folder_of, VARIANTS)}:
+            parser.error(f"--variants takes dense, {FP8} and {', '.join(map(folder_of, VARIANTS))}")
+    rows = [row for name in names for row in kept(args, name)]
+    dense = {
+        row["tokens"]: row["p50"]
+        for row in rows
+        if row["weights"] == "bf16" and not row["sparsity"]
+    }
     for row in rows:
         row["vs_dense"] = row["p50"] / dense[row["tokens"]]
     RESULTS.parent.mkdir(exist_ok=True)
@@ -115,7 +127,9 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
     from catsparse.bench.rows import commit, device_name, versions
 
     options: dict[str, Any] = {}
-    if name != "dense":
+    if name == FP8:
+        options = {"quantization": "fp8"}
+    elif name != "dense":
         from catsparse.vllm_plugin import register
 
         register()  # the package may run from its source tree, where no entry point is
@@ -131,7 +145,7 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
         gpu_memory_utilization=0.8,
         **options,
     )
-    error = 0.0 if name == "dense" else check(llm)
+    error = 0.0 if name in ("dense", FP8) else check(llm)
     for batch in batches:
         ids = torch.randint(3, 30_000, (batch, CONTEXT), generator=torch.Generator().manual_seed(1))
         prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
@@ -146,13 +160,13 @@ def measure(work: Path, name: str, batches: list[int]) -> None:
 
         seconds(SHORT)
         steps = [(seconds(LONG) - seconds(SHORT)) / (LONG - SHORT) for _ in range(ROUNDS)]
-        impl, _, sparsity = name.partition("-")
+        impl, _, sparsity = name.removesuffix("-fp8").partition("-")
         row = {
             "what": "vllm",
             "impl": impl,
             "device": device_name(torch.device("cuda")),
             "dtype": "bfloat16",
-            "weights": "bf16",
+            "weights": "fp8" if name == FP8 else "bf16",
             "tokens": batch,
             "context": CONTEXT,
             "prefill": "dense",
@@ -173,7 +187,7 @@ def check(llm: Any) -> float:
     shard = next(iter(llm.apply_model(shards_of)[0].values()))
     weights = shard.raw_weights(torch.bfloat16)
     assert weights is not None
-    gate, up, down = (w.float() for w in weights)
+    gate, up, down_t = weights.floats(torch.float32)
     x = torch.randn(1, gate.shape[1], device=gate.device, dtype=torch.bfloat16)
     preview = shard.catsparse_preview, shard.catsparse_preview_scale
     threshold, product = shard.limits(preview[0])
@@ -181,7 +195,7 @@ def check(llm: Any) -> float:
     with torch.no_grad():
         y = shard(x).float()
         truth = gated_mlp_reference(
-            *(x.float(), gate, up, down.t(), threshold, shard.site_act, *means, product, *preview)
+            *(x.float(), gate, up, down_t, threshold, shard.site_act, *means, product, *preview)
         )
     error = float((y - truth).abs().max() / truth.abs().max())
     if not error < 4e-2:
@@ -191,13 +205,15 @@ def check(llm: Any) -> float:
 
 def table(rows: list[dict[str, Any]], batches: list[int]) -> str:
     lines = [f"| | {' | '.join(map(str, batches))} |", "|---" * (len(batches) + 1) + "|"]
-    for impl, sparsity in dict.fromkeys((row["impl"], row["sparsity"]) for row in rows):
+    keys = ("impl", "weights", "sparsity")
+    for kind in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         cells = [
             f"{row['p50']:.0f} ({row['vs_dense']:.2f})"
             for row in rows
-            if (row["impl"], row["sparsity"]) == (impl, sparsity)
+            if tuple(row[key] for key in keys) == kind
         ]
-        label = impl if impl == "dense" else f"{impl}, {sparsity:.0%}"
+        impl, weights, sparsity = kind
+        label = f"{impl}, {weights}" if impl == "dense" else f"{impl}, {sparsity:.0%}"
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
