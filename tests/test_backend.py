@@ -191,7 +191,12 @@ def test_what_a_layer_decides_by_is_asked_about(
     seen = []
 
     def choose(
-        asked: Backend, device: Any, dtype: Any, sizes: Any, decisions: Decisions, packed: str | None
+        asked: Backend,
+        device: Any,
+        dtype: Any,
+        sizes: Any,
+        decisions: Decisions,
+        packed: str | None,
     ) -> Choice:
         assert packed is None
         seen.append(decisions)
@@ -390,7 +395,7 @@ def test_info_asks_for_what_is_in_the_file(
     assert found == dict.fromkeys(("float32", "bfloat16", "float16"), words)
     site = config.sites[SITES[0]]
     sizes = (site.hidden_size, site.intermediate_size, site.hidden_size)
-    assert seen == [(sizes, Decisions(PreviewKind(8, products=True), second=True))] * 3
+    assert seen == [(sizes, Decisions(PreviewKind(8, products=True), second=True), None)] * 3
     assert "without" not in explanation.decode_paths()["float32"]
 
 

@@ -456,7 +456,7 @@ def test_parts_that_do_not_fit(device: str) -> None:
         assert "ValueError" in str(fused.build(model, state.cache, 1))
     attention.head_dim = size
     model.model.norm.to(torch.bfloat16)
-    assert "and of torch.bfloat16" in str(fused.build(model, state.cache, 1))
+    assert "weights of torch.bfloat16" in str(fused.build(model, state.cache, 1))
     del model.model.layers[1]
     assert "1 layers" in str(fused.build(model, state.cache, 1))
 

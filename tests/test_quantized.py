@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from catsparse import CatsparseError
 from catsparse.kernels import FORMATS
 from catsparse.modules import sparse_modules
 from catsparse.quantized import QuantizedLinear, quantize_weights, weights_of_model
+from command import run
 
 WIDE = tiny.SMALL | {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
 
@@ -281,3 +283,48 @@ def test_an_adapter_trains_on_packed_weights_and_is_not_merged(base: Path, tmp_p
     assert tiny.close(tiny.logits(loaded), tiny.logits(wrapped.eval()))
     with pytest.raises(CatsparseError, match="merged into packed weights"):
         catsparse.load(tmp_path / "tuned", merge_adapter=True)
+
+
+# The command line
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_command_packs_calibrates_and_reads_it_again(
+    weights: str, merge: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    more = ["--merge"] if merge else []
+    code, told, _ = run(
+        *(capsys, "sparsify", "default", "-o", folder, "--weights", weights, "--json"),
+        *("--tokens", 2000, *more),
+    )
+    assert code == 0
+    assert json.loads(told)["weights"] == weights
+    assert weights_of_model(catsparse.load(folder)) == weights
+    code, told, _ = run(capsys, "generate", folder, "--prompt", "The river", "--tokens", 4)
+    assert code == 0
+    assert told.strip()
+    code, told, _ = run(capsys, "info", folder)
+    assert code == 0
+    assert f"{weights} weights" in " ".join(told.split())
+    # Another sparsity of the same calibration.
+    code, told, _ = run(
+        capsys, "sparsify", folder, "-o", tmp_path / "two", "--sparsity", 0.7, "--json"
+    )
+    assert json.loads(told)["weights"] == weights
+    code, _, said = run(capsys, "sparsify", folder, "-o", tmp_path / "three", "--weights", "int8")
+    assert code == 2
+    assert "brings its own calibration" in said
+
+
+def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, words in (
+        (["--weights", "int3"], "int8, fp8, int4"),
+        (["--weights", "int4", "--preview", "4"], "their own preview"),
+        (["--weights", "int8", "--scope", "all"], "scope mlp"),
+    ):
+        code, _, said = run(capsys, "sparsify", "default", "-o", tmp_path / "x", *options)
+        assert code == 2
+        assert words in " ".join(said.split())
+        assert not (tmp_path / "x" / "catsparse.json").exists()

@@ -188,6 +188,14 @@ def test_inputs_are_refused() -> None:
     check_config(state_of(sparse_model()).config, "folder")
 
 
+def test_packed_weights_are_refused() -> None:
+    config = state_of(sparse_model()).config
+    assert config.calibration is not None
+    packed = replace(config, calibration=replace(config.calibration, weights="int8"))
+    with pytest.raises(CatsparseError, match="sparsify without --weights"):
+        check_config(packed, "folder")
+
+
 @pytest.mark.parametrize("ranks", [1, 5])
 def test_weights_of_another_model_are_refused(ranks: int) -> None:
     state = state_of(sparse_model())

@@ -78,6 +78,7 @@ def decode_paths(config: SparsityConfig | None = None) -> dict[str, str]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, decisions = None, Decisions()
+    packed = None if config is None else config.weight_format
     if config is not None and config.sites:
         site = max(config.sites.values(), key=lambda s: s.hidden_size * s.intermediate_size)
         sizes = site.hidden_size, site.intermediate_size, site.hidden_size
@@ -86,7 +87,7 @@ def decode_paths(config: SparsityConfig | None = None) -> dict[str, str]:
         decisions = Decisions(kind, products or config.down_sparsity is not None)
     paths = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        choice = choose_backend(Backend.AUTO, device, dtype, sizes, decisions)
+        choice = choose_backend(Backend.AUTO, device, dtype, sizes, decisions, packed)
         words = _words(choice)
         if choice.without_preview is not None:
             words += f", without the preview ({choice.without_preview})"

@@ -88,7 +88,9 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+        """Of activations: embeddings are not packed."""
+        dtype: torch.dtype = next(self.embed.parameters()).dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +126,8 @@ def find_decoder(model: Any, sliding: Sequence[bool], batch: int) -> Decoder:
         raise NotPlain(f"it has {len(layers)} layers, its cache {len(sliding)}")
     head = _matrix(model.get_output_embeddings(), "output layer")
     norm = _norm(_part(base, "norm"))
-    dtype, device = norm.weight.dtype, head.weight.device
+    dtype = next(model.get_input_embeddings().parameters()).dtype
+    device = head.weight.device
     reason = why_not_cuda(device) or why_not_linear([head.weight], dtype)
     if reason:
         raise NotPlain(reason)

@@ -44,8 +44,14 @@ def check_config(config: SparsityConfig, source: str) -> None:
     """Refuse what vLLM's linear layers have no place for.
 
     Raises:
-        CatsparseError: inputs of linear layers are dropped, or no neurons are.
+        CatsparseError: inputs of linear layers are dropped, or no neurons are; or the weights are
+            packed.
     """
+    if config.weight_format is not None:
+        raise CatsparseError(
+            f"{shorten(source)} belongs to {config.weight_format} weights, which vLLM's layers do "
+            "not read; sparsify without --weights for vLLM"
+        )
     if config.inputs or not config.sites:
         raise CatsparseError(
             f"{shorten(source)} drops inputs of linear layers, and in vLLM only MLPs' neurons can "
