@@ -44,6 +44,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    stall_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a token or step after which the worker counts as stalled: its "
+            "answers fail, /health is 503. 0: never.",
+            min=0,
+        ),
+    ] = 300.0,
     dense: Annotated[bool, typer.Option("--dense", help="Run the dense model.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -71,6 +79,7 @@ def serve(
         max_batch=max_batch,
         batching=continuous_batching,
         dense=dense,
+        stall_timeout=stall_timeout,
     )
     bound = server_module.listen(settings)
     if not settings.is_local and api_key is None:

@@ -175,7 +175,12 @@ class App:
             raise stopping()
         if (reason := self.service.engine.why_dead()) is not None:
             raise ApiError(503, f"the generation worker is not running: {reason}", "worker_died")
+        self._check_stall()
         await out.json({"status": "ok"})
+
+    def _check_stall(self) -> None:
+        if (error := self.service.why_refused()) is not None:
+            raise error
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -193,6 +198,7 @@ class App:
     ) -> None:
         if self.is_stopping:
             raise stopping()
+        self._check_stall()
         if self._in_flight >= self.settings.max_requests:
             raise ApiError(
                 429,

@@ -53,6 +53,10 @@ class Batching:
             auto_switch_to_flash=False,
         )
 
+    @property
+    def steps(self) -> int:
+        return self._sampling.steps
+
     def start(self) -> None:
         if self._manager is not None:
             self._manager.stop(block=True, timeout=1)

@@ -14,10 +14,14 @@ class Engine(Protocol):
     Attributes:
         context: tokens of a prompt and its answer, at most; None for no limit.
         together: whether answers share steps, so that all of a step must be sparse or dense.
+        steps: how many the worker has begun; 0 where it does not count them.
     """
 
     context: int | None
     together: bool
+
+    @property
+    def steps(self) -> int: ...
 
     def start(self) -> None:
         """A fresh worker, also after one has died."""

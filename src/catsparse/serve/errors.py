@@ -62,6 +62,18 @@ def worker_died() -> ApiError:
     )
 
 
+def stalled(seconds: float) -> ApiError:
+    """503: the worker lives but does not go on, and cannot be ended from outside."""
+    return ApiError(
+        503,
+        f"the generation worker has written nothing for {seconds:g} s; restart the server if it "
+        "does not go on by itself",
+        "worker_stalled",
+        None,
+        {"Retry-After": "30"},
+    )
+
+
 def failed() -> ApiError:
     """500: this answer could not be written."""
     return ApiError(500, "the answer could not be written", "generation_failed")

@@ -55,6 +55,8 @@ class Metrics:
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **registry)
         self.new_tokens = Counter("generated_tokens", "Tokens written.", ["mode"], **registry)
         self.restarts = Counter("worker_restarts", "Workers that had died.", **registry)
+        self.stalls = Counter("worker_stalls", "Workers that went on no more.", **registry)
+        self.stalled = Gauge("worker_stalled", "1 while the worker does not go on.", **registry)
         rate = Gauge("tokens_per_second", f"Written in the last {_WINDOW} s.", **registry)
         rate.set_function(self._recent)
         self._times: deque[tuple[float, int]] = deque()

@@ -68,6 +68,7 @@ class PerRequest(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.samplers: dict[str, Sampler] = {}
+        self.steps = 0
         self._rows: list[tuple[Sampler, Any] | None] = []
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
@@ -75,6 +76,7 @@ class PerRequest(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         """Notes which request each row belongs to; nothing has to go to the device."""
+        self.steps += 1  # each of them calls this, those of nothing but a prompt's part, too
         self._rows = []
         for request in requests_with_new_token:
             sampler = self.samplers.get(request.state.request_id)

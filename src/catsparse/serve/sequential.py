@@ -28,6 +28,7 @@ class Sequential:
     """
 
     together = False
+    steps = 0  # its tokens are all that is seen of it
 
     def __init__(self, model: Any) -> None:
         self.model, self.context = model, context_of(model)

@@ -17,13 +17,14 @@ from ..dropped import measure
 from ..surgery import run_dense, sparse_layers
 from .batching import Batching
 from .engine import Engine
-from .errors import bad_request, failed, worker_died
+from .errors import ApiError, bad_request, failed, stalled, worker_died
 from .generation import Generation, Job
 from .metrics import Metrics
 from .protocol import Asked, Endpoint
 from .sampling import Sampler
 from .sequential import Sequential
 from .settings import Settings
+from .stall import StallWatch
 from .turns import Turns
 
 _TICK = 0.1  # seconds between two looks at the worker
@@ -64,8 +65,14 @@ class Service:
         self._probe: Job | None = None
         # One thread: a tokenizer must not be used by two at a time.
         self._encoder = ThreadPoolExecutor(1, "catsparse-encoder")
+        # Not the loop's own threads, whose end a shutdown waits for: counting may stall, too.
+        self._counter = ThreadPoolExecutor(1, "catsparse-counter")
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_count = float("inf")
+        # A warm-up may take longer: whoever starts the server limits it.
+        self._stall_watch = StallWatch(0)
+        self._sign: Generation | None = None  # a stalled worker goes on once it has written this
+        self._deliveries = 0
 
     def _fresh_metrics(self) -> Metrics:
         return Metrics(self.settings.name, self.is_sparse, self.engine.together)
@@ -93,13 +100,15 @@ class Service:
                 async for _ in pieces:
                     pass
         self.metrics, self._next_count = self._fresh_metrics(), 0.0
+        self._stall_watch = StallWatch(self.settings.stall_timeout)
 
     async def stop(self, seconds: float = 5.0) -> bool:
         """End the worker; False if it hangs."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._encoder, self._counter):
+            threads.shutdown(wait=False, cancel_futures=True)
         ended = await asyncio.to_thread(self.engine.stop, seconds)
         self._dense.close()
         self._always_dense.close()
@@ -142,6 +151,8 @@ class Service:
         """An answer under way; leaving the block ends it."""
         kind = nullcontext() if not self.engine.together else self._turns.take(job.dense)
         async with kind:
+            if (error := self.why_refused()) is not None:  # since the request came
+                raise error
             sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
             generation = Generation(ident, job, sampler, self.tokenizer)
             generation.on_tokens = self._count_tokens
@@ -158,6 +169,7 @@ class Service:
             self._note(generation)
 
     def _count_tokens(self, generation: Generation, tokens: int) -> None:
+        self._deliveries += 1
         self.metrics.wrote(tokens, generation.job.dense or not self.is_sparse)
 
     def _note(self, generation: Generation) -> None:
@@ -183,7 +195,8 @@ class Service:
 
         async with nullcontext() if not self.engine.together else self._turns.take(False):
             try:
-                await asyncio.to_thread(self.engine.exclusive, count)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._counter, self.engine.exclusive, count)
             except RuntimeError:  # the worker died; whoever watches it sees that
                 self._next_count = time.monotonic() + 1
             except Exception as error:  # and no more of them
@@ -206,6 +219,7 @@ class Service:
                 reason = self.engine.why_dead()
                 if reason is None:
                     self._fail_given_up()
+                    self._look_for_stall()
                 elif not await self._restart(reason):
                     return
         except Exception as error:
@@ -219,6 +233,40 @@ class Service:
                 self._log(f"an answer failed: {generation.failure}")
                 generation.fail(failed())
             generation.was_given_up = generation.failure is not None
+
+    def _look_for_stall(self) -> None:
+        if self._sign is not None:
+            if self._sign.is_written:
+                self._log("the generation worker goes on; requests are answered again")
+                self._end_stall()
+            return
+        waiting = [g for g in self._active.values() if not g.is_written and g.failure is None]
+        waits = bool(waiting) or self._turns.someone_waits
+        unread = [len(g.job.ids) for g in waiting if not g.tokens and not self.engine.steps]
+        signs = self.engine.steps + self._deliveries
+        if not self._stall_watch.look(waits, signs, max(unread, default=0)):
+            return
+        self._sign = self._submit_probe()
+        self._log(f"{self._stalled().message}; until then requests are refused, /health is 503")
+        self.metrics.stalls.inc()
+        self.metrics.stalled.set(1)
+        for generation in waiting:
+            generation.fail(self._stalled())
+        self._turns.refuse(self._stalled)
+
+    def _stalled(self) -> ApiError:
+        return stalled(self.settings.stall_timeout)
+
+    def why_refused(self) -> ApiError | None:
+        """What requests get while the worker does not go on."""
+        return None if self._sign is None else self._stalled()
+
+    def _end_stall(self) -> None:
+        if self._sign is not None:
+            self.engine.cancel(self._sign)
+        self._sign = None
+        self.metrics.stalled.set(0)
+        self._stall_watch.reset()
 
     async def _restart(self, reason: str) -> bool:
         """A worker that has shown that it can write takes up what the last one left."""
@@ -236,7 +284,10 @@ class Service:
         else:
             self._end(f"{_STARTS} generation workers died one after the other ({reason})")
             return False
+        self._end_stall()
         for generation in list(self._active.values()):
+            if generation.is_written:  # its client has not read all of it
+                continue
             self.engine.cancel(generation)  # it may have come to the new worker already
             generation.attempt += 1
             generation.failure, generation.was_given_up = None, False
@@ -249,15 +300,21 @@ class Service:
     async def _writes(self) -> bool:
         if self._probe is None:
             return True
-        job = self._probe
-        sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
-        probe = Generation(f"probe-{uuid.uuid4().hex}", job, sampler, self.tokenizer)
-        self.engine.submit(probe)
+        probe = self._submit_probe()
         end = time.monotonic() + _PROBE_SECONDS
         while not probe.is_written and self.engine.why_dead() is None and time.monotonic() < end:
             await asyncio.sleep(_TICK / 5)
         self.engine.cancel(probe)
         return probe.is_written
+
+    def _submit_probe(self) -> Generation:
+        """The warm-up's answer once more, which no client waits for."""
+        job = self._probe
+        assert job is not None
+        sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
+        probe = Generation(f"probe-{uuid.uuid4().hex}", job, sampler, self.tokenizer)
+        self.engine.submit(probe)
+        return probe
 
     def _end(self, sentence: str) -> None:
         for generation in list(self._active.values()):

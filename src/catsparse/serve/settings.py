@@ -27,6 +27,8 @@ class Settings:
         grace: seconds that a shutdown waits for answers under way.
         read_seconds: within which a body must have come.
         write_seconds: for which a client may leave what was sent unread.
+        stall_timeout: seconds without a step or token, while an answer is under way, after which
+            the worker counts as stalled; 0 for never.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Settings:
     grace: float = 30.0
     read_seconds: float = 30.0
     write_seconds: float = 30.0
+    stall_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():

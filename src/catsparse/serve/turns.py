@@ -32,6 +32,17 @@ class Turns:
             self._running -= 1
             self._admit()
 
+    @property
+    def someone_waits(self) -> bool:
+        return bool(self._waiting)
+
+    def refuse(self, error: Callable[[], Exception]) -> None:
+        """All that wait get an error instead of their turn."""
+        waiting, self._waiting = self._waiting, deque()
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(error())
+
     async def _enter(self, dense: bool) -> None:
         if not self._waiting and self._fits(dense):
             self._start(dense)
@@ -43,7 +54,8 @@ class Turns:
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            if not waiting[1].cancelled():  # admitted at the same moment
+            future = waiting[1]
+            if not future.cancelled() and future.exception() is None:  # admitted just now
                 self._running -= 1
             self._admit()
             raise
