@@ -57,6 +57,15 @@ def test_int4_is_its_own_preview() -> None:
     assert cuda._fits(call._replace(preview=None, preview_scale=None))
 
 
+def test_scales_between_pieces_run_elsewhere() -> None:
+    case = Case(torch.bfloat16, 512, 700, 512, "silu", 1, packed="int4")
+    call = Call(case.x, *case.weights, case.cut(0.5), case.act, **case.extra)
+    odd = torch.empty(700 * 8 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(700, 8)
+    odd.copy_(case.extra["up_scale"])
+    assert cuda._fits(call)
+    assert not cuda._fits(call._replace(up_scale=odd))
+
+
 @pytest.mark.parametrize("packed", FORMATS)
 def test_many_tokens(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)

@@ -348,6 +348,8 @@ def _fits(call: Call) -> bool:
     x, w_gate, w_up, w_down_t = call[:4]
     neurons, hidden, preview = w_gate.shape[0], x.shape[-1], call.preview
     previews = [t for t in (preview, call.preview_scale) if t is not None]
+    if call.weights == "int4":  # their scales are copied in pieces, too
+        previews += [t for t in (call.gate_scale, call.up_scale, call.down_scale) if t is not None]
     return (
         belong_together(call)
         and (call.weights != "int4" or preview is None)

@@ -51,8 +51,10 @@ def _on_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.impl("catsparse::packed_linear", "cuda")
 def _on_cuda(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.contiguous()
     if (
         not _fits(x, weight, scale)
+        or scale.data_ptr() % PIECE
         or why_not_cuda(x.device) is not None
         or why_not_linear([weight], x.dtype) is not None
     ):
