@@ -4,10 +4,11 @@
 
 Every format is quantized and calibrated by itself; each rise is over the dense model in floats, on
 the same windows. The packed weights' values are put back into float layers, so that a CPU need not
-unpack them for every batch. Bytes are those of all linear layers that decode reads, of floats 16 bits each.
-Sparse are the gated MLPs: by CATS as in its paper, by `energy` with means (the default without a
-preview), and by `product` with a preview of 4 bits (the default with one; not for int4, whose
-weights are as small as that). The table and the plot in docs/choosing.md were made by this script.
+unpack them for every batch. Bytes are those of all linear layers that decode reads, of floats 16
+bits each. Sparse are the gated MLPs: by CATS as in its paper, by `energy` with means (the default
+without a preview), and by `product` with a preview of 4 bits (the default with one; not for int4,
+whose weights are as small as that). The table and the plot in docs/choosing.md were made by this
+script.
 """
 
 from __future__ import annotations
