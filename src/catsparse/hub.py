@@ -89,6 +89,12 @@ def save_files(
     """:func:`save`; the keywords go to ``save_pretrained`` (a shard size, say)."""
     state, model = state_of(model), state_owner(model)
     adapted = has_adapters(model)
+    spread = any(is_spread(parameter) for parameter in model.parameters())
+    if spread and (adapted or store_preview):
+        what = "adapters" if adapted else "previews"
+        raise CatsparseError(
+            f"the {what} of a model spread over processes cannot be written; load it in one to save"
+        )
     if merge and adapted:
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
@@ -104,12 +110,6 @@ def save_files(
             tensors[f"{name}.mean"] = t.mean.contiguous()
         if t.product is not None:
             tensors[f"{name}.product_threshold"] = t.product.contiguous()
-    spread = any(is_spread(parameter) for parameter in model.parameters())
-    if spread and (adapted or store_preview):
-        what = "adapters" if adapted else "previews"
-        raise CatsparseError(
-            f"the {what} of a model spread over processes cannot be written; load it in one to save"
-        )
     target.mkdir(parents=True, exist_ok=True)
     try:
         # Everything is written beside the old files before the first of them is replaced.
