@@ -243,7 +243,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, or of the model that an artifact directory refers to."""
     if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "tokenizer_config.json").exists():
         base = SparsityConfig.from_file(Path(name) / CONFIG_NAME).base_model
-        name = base.name_or_path if base else name
+        name = (base.name_or_path if base else "") or name
     try:
         return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -372,8 +372,8 @@ def _portable_base(config: SparsityConfig, merge: bool) -> Any:
             "the model's weights are not those of a name or path, so an adapter directory cannot "
             "refer to them; save it with merge=True"
         )
-    if base is None:
-        return None
+    if base is None or not name:  # built from a config: Path("") would be the current folder
+        return base
     if name == str(_BUNDLED):
         return replace(base, name_or_path=DEFAULT_MODEL)
     # A relative path would depend on where the program is started.
