@@ -260,6 +260,14 @@ def test_save_needs_a_base_or_merge(calibration: catsparse.Calibration, tmp_path
     catsparse.save(model, tmp_path / "out", merge=True)
     # In memory and mapped from a file, weights are aligned otherwise: equal but for the last bit.
     assert close(logits(catsparse.load(tmp_path / "out")), logits(model), 1e-5)
+    # There is no base, so none is named: not the folder in which the program runs.
+    base = json.loads((tmp_path / "out" / CONFIG).read_text())["base_model"]
+    assert base["name_or_path"] == ""
+    for name in (CONFIG, "README.md", "config.json"):
+        assert os.getcwd() not in (tmp_path / "out" / name).read_text()
+    assert (tmp_path / "out" / "README.md").read_text().startswith("# a model of yours, ")
+    with pytest.raises(CatsparseError, match=f"tokenizer of {re.escape(str(tmp_path / 'out'))}"):
+        hub.load_tokenizer(str(tmp_path / "out"))
 
 
 def test_save_onto_a_file_is_refused(

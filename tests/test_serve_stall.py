@@ -22,6 +22,7 @@ from catsparse.serve.generation import Generation
 from catsparse.serve.stall import StallWatch
 from catsparse.serve.turns import Turns
 from serving import NAME, PROMPT, Running, expected, wait_for
+from test_serve_faults import kill
 
 ENGINES = pytest.mark.parametrize("batching", [True, False], ids=["batching", "one by one"])
 TIMEOUT = 1.5
@@ -275,12 +276,17 @@ def test_a_refused_turn_is_not_given_back() -> None:
     assert asyncio.run(leave()) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_written_answer_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker dies while its client has still to read it."""
     with serving.serving() as running:
-        service, server = running.service, running.server
-        reading, dead = threading.Event(), threading.Event()
-        real = Generation.pieces
+        reading, dead, successor = threading.Event(), threading.Event(), threading.Event()
+        real, writes = Generation.pieces, running.service._writes
+
+        async def has_written() -> bool:
+            written: bool = await writes()
+            successor.set()
+            return written
 
         async def slowly(self: Generation) -> Any:
             async for piece in real(self):
@@ -291,13 +297,15 @@ def test_a_written_answer_is_not_written_again(monkeypatch: pytest.MonkeyPatch) 
                 yield piece
 
         monkeypatch.setattr(Generation, "pieces", slowly)
+        monkeypatch.setattr(running.service, "_writes", has_written)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(running.client().completions.create, model=NAME, prompt=PROMPT,
                                  max_tokens=8, temperature=0)  # fmt: skip
             assert reading.wait(10)
-            loop = server.servers[0].get_loop()
-            asyncio.run_coroutine_threadsafe(service._restart("a test"), loop).result(30)
-            (generation,) = service._active.values()
+            kill(running)
+            assert successor.wait(20)
+            assert running.http().get("/health").status_code == 200
+            (generation,) = running.service._active.values()
             assert generation.attempt == 0
             dead.set()
             made = answer.result(10)

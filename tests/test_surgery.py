@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,6 +268,31 @@ def test_config_written_by_hand(llama: Any) -> None:
     with torch.no_grad():
         dense.model.layers[1].mlp.down_proj.weight.zero_()
     torch.testing.assert_close(tiny.logits(llama), tiny.logits(dense))
+
+
+def test_config_with_a_threshold_that_is_no_fp32_number(llama: Any, tmp_path: Path) -> None:
+    """It is rounded to the number that kernels compare with, and so it is saved."""
+    sites = {name: SiteConfig(0.1, 0.5, "silu", 32, 48) for name in SITES}
+    sparsify(llama, SparsityConfig(sites=sites))
+    rounded = float(torch.tensor(0.1))
+    assert {s.threshold for s in state_of(llama).config.sites.values()} == {rounded}
+    catsparse.save(llama, tmp_path, merge=True)
+    loaded = catsparse.load(tmp_path)
+    assert tiny.close(tiny.logits(loaded), tiny.logits(llama), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["energy", "chess"])
+def test_config_of_another_method_is_not_one_of_cats(
+    llama: Any, calibration: Calibration, method: str
+) -> None:
+    """Its scalars are on another scale, and its thresholds are tensors."""
+    sparsify(llama, calibration, 0.5, method, compensate=False)
+    config = replace(state_of(llama).config, method="cats")
+    densify(llama)
+    with pytest.raises(CatsparseError, match=r"sparsify\(model, calibration") as caught:
+        sparsify(llama, config)
+    one_line(caught)
+    assert is_dense(llama)
 
 
 def test_config_that_names_an_unknown_module(llama: Any) -> None:

@@ -28,15 +28,15 @@ GATHERED = "phi3, gathered"  # gate and up are whole on every rank, and so are i
 NEURONS = SMALL["intermediate_size"]
 
 
-def torchrun(*args: object) -> str:
-    """What two processes print; all of them are gone afterwards, whatever happens."""
+def torchrun(*args: object, ranks: int = 2) -> str:
+    """What the processes print; all of them are gone afterwards, whatever happens."""
     launch = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "2",
+        str(ranks),
     ]
     process = subprocess.Popen(
         [*launch, *map(str, args)],
@@ -222,9 +222,9 @@ def test_only_neurons_that_are_spread_are_cut() -> None:
 def test_other_spreads_are_refused() -> None:
     with pytest.raises(CatsparseError, match="mesh of 2 dimensions"):
         spread([(0, 0), (0, 0), (0, 1)])
-    with pytest.raises(CatsparseError, match="not spread evenly over 2 ranks"):
+    with pytest.raises(CatsparseError, match="not dealt out to 2 ranks"):
         spread([(0,), (0,), (1,)], own=20)
-    with pytest.raises(CatsparseError, match="not spread evenly over 47 ranks"):
+    with pytest.raises(CatsparseError, match="not dealt out to 47 ranks"):
         spread([(0,), (0,), (1,)], own=2, ranks=47)
 
 

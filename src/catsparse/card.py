@@ -7,7 +7,7 @@ from .config import SparsityConfig
 
 def model_card(config: SparsityConfig, merge: bool, adapter: bool) -> str:
     """Markdown: what the folder holds and how it is loaded."""
-    base = config.base_model.name_or_path if config.base_model else "a model of yours"
+    base = (config.base_model.name_or_path if config.base_model else "") or "a model of yours"
     code = "import catsparse\n\n"
     if merge:
         code += (

@@ -89,6 +89,12 @@ def save_files(
     """:func:`save`; the keywords go to ``save_pretrained`` (a shard size, say)."""
     state, model = state_of(model), state_owner(model)
     adapted = has_adapters(model)
+    spread = any(is_spread(parameter) for parameter in model.parameters())
+    if spread and (adapted or store_preview):
+        what = "adapters" if adapted else "previews"
+        raise CatsparseError(
+            f"the {what} of a model spread over processes cannot be written; load it in one to save"
+        )
     if merge and adapted:
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
@@ -104,12 +110,6 @@ def save_files(
             tensors[f"{name}.mean"] = t.mean.contiguous()
         if t.product is not None:
             tensors[f"{name}.product_threshold"] = t.product.contiguous()
-    spread = any(is_spread(parameter) for parameter in model.parameters())
-    if spread and (adapted or store_preview):
-        what = "adapters" if adapted else "previews"
-        raise CatsparseError(
-            f"the {what} of a model spread over processes cannot be written; load it in one to save"
-        )
     target.mkdir(parents=True, exist_ok=True)
     try:
         # Everything is written beside the old files before the first of them is replaced.
@@ -243,7 +243,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, or of the model that an artifact directory refers to."""
     if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "tokenizer_config.json").exists():
         base = SparsityConfig.from_file(Path(name) / CONFIG_NAME).base_model
-        name = base.name_or_path if base else name
+        name = (base.name_or_path if base else "") or name
     try:
         return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -372,8 +372,8 @@ def _portable_base(config: SparsityConfig, merge: bool) -> Any:
             "the model's weights are not those of a name or path, so an adapter directory cannot "
             "refer to them; save it with merge=True"
         )
-    if base is None:
-        return None
+    if base is None or not name:  # built from a config: Path("") would be the current folder
+        return base
     if name == str(_BUNDLED):
         return replace(base, name_or_path=DEFAULT_MODEL)
     # A relative path would depend on where the program is started.

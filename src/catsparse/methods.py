@@ -10,12 +10,13 @@ has statistics of its own: :func:`product_threshold`. ``teal`` and ``wina``, in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .config import check_choice
+from .config import SparsityConfig, check_choice
+from .errors import CatsparseError
 from .products import ProductStatistics, decide, second_decision
 from .statistics import (
     DroppedMass,
@@ -24,6 +25,7 @@ from .statistics import (
     bins_below,
     threshold_above,
 )
+from .strict_json import shorten
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,37 @@ class SiteThreshold:
     product: Tensor | None = None
     product_scalar: float | None = None
     down_sparsity: float | None = None
+
+
+def thresholds_of(config: SparsityConfig) -> tuple[SparsityConfig, dict[str, SiteThreshold]]:
+    """``config``, its thresholds rounded to the fp32 that kernels compare with, and what its sites
+    need where it alone tells that.
+
+    Raises:
+        CatsparseError: it does not: there are tensors beside it, or it was another method's.
+    """
+    more = config.compensate or config.down_sparsity is not None or config.scope != "mlp"
+    if config.method != "cats" or more:
+        raise CatsparseError(
+            "a config alone is enough only for method 'cats' without compensation and second "
+            "decision; give the calibration, or load the directory with catsparse.load"
+        )
+    sites = {
+        name: replace(site, threshold=float(torch.tensor(site.threshold)))
+        for name, site in config.sites.items()
+    }
+    for name, site in sites.items():
+        # Those of `cats` are fp32; of other methods the scalar is none and on another scale.
+        if config.calibration is not None and site != config.sites[name]:
+            raise CatsparseError(
+                f"the threshold of {shorten(name)} was not calibrated by the config's method "
+                "'cats'; call sparsify(model, calibration, method='cats') instead"
+            )
+    thresholds = {
+        name: SiteThreshold(torch.tensor(s.threshold), None, s.threshold, s.sparsity)
+        for name, s in sites.items()
+    }
+    return replace(config, sites=sites), thresholds
 
 
 @dataclass(frozen=True)

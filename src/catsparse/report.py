@@ -340,7 +340,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _heading(config: SparsityConfig) -> str:
-    name = config.base_model.name_or_path if config.base_model else "model"
+    name = (config.base_model.name_or_path if config.base_model else "") or "model"
     short = re.split(r"[\\/]", name.rstrip("/\\"))[-1]
     return f"{short}: {config.described} at {config.sparsity:.0%}"
 

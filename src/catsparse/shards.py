@@ -1,6 +1,7 @@
 """A rank's share of a gated MLP whose neurons are spread over processes (tensor parallel).
 
-Neurons are cut evenly over the ranks, in their order: rows of W_gate and W_up, columns of W_down.
+Neurons are cut over the ranks in their order, as torch.chunk does it (the last may have fewer):
+rows of W_gate and W_up, columns of W_down.
 A rank decides on its own neurons alone, so thresholds and means are cut as the weights are, and the
 sum over ranks adds the outputs and each rank's own part of the compensation's bias.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .errors import CatsparseError
 from .sites import Site
 from .statistics import Magnitudes
-from .weights import Children, is_spread, why_not_readable
+from .weights import Children, is_spread, why_no_matrix, why_not_readable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -113,8 +114,8 @@ def find_shard(module: nn.Module, site: Site) -> Shard | None:
     here = pieces[min(shard.rank, len(pieces) - 1)]
     if len(pieces) < shard.ranks or not len(here) == own == _local(down).shape[1]:
         raise CatsparseError(
-            f"the {site.intermediate_size} neurons of {site.name} are not spread evenly over "
-            f"{shard.ranks} ranks; load the model with another tp_size or tp_plan"
+            f"the {site.intermediate_size} neurons of {site.name} are not dealt out to "
+            f"{shard.ranks} ranks, each with some; load the model with another tp_size or tp_plan"
         )
     return shard
 
@@ -179,6 +180,8 @@ def local_weight(child: Any) -> Tensor:
 def why_no_shard(name: str, child: nn.Module, dtype: torch.dtype | None = None) -> str | None:
     """:func:`catsparse.weights.why_not_readable` of a child whose weight is spread: transformers
     replaces its forward by one that also sums over ranks, which the op's caller does itself."""
+    if (reason := why_no_matrix(name, child, nn.Linear, spread=True)) is not None:
+        return reason
     forward = child.__dict__.get("forward")
     if "_hf_hook" in child.__dict__ or getattr(forward, "__name__", "") != "tp_forward":
         return f"{name} is hooked"

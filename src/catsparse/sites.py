@@ -190,7 +190,7 @@ def _is_candidate(module: nn.Module) -> bool:
     if any(not _is_linear(c) and any(True for _ in c.children()) for c in children.values()):
         return False  # a whole layer
     # An MLP maps H to I and back; attention does too, but has no activation between.
-    sizes = [(c.in_features, c.out_features) for c in linears]
+    sizes = [_sizes(c) for c in linears]
     returns = any(a[0] == b[1] and a is not b for a in sizes for b in sizes)
     has_act = any(_looks_like_activation(c) for c in children.values())
     return returns and (has_act or len(children) == len(linears) == 3)
@@ -228,8 +228,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _features(module: nn.Module, child: str) -> tuple[int, int]:
-    linear = module.get_submodule(child)
-    return linear.in_features, linear.out_features  # type: ignore[return-value]
+    return _sizes(module.get_submodule(child))
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    # Where a weight is spread over processes PEFT's layer has the rank's sizes, its base all.
+    base = getattr(linear, "base_layer", linear)
+    whole = base if isinstance(base, nn.Module) and _is_linear(base) else linear
+    return whole.in_features, whole.out_features  # type: ignore[return-value]
 
 
 def _linear_call(module: nn.Module, node: object, what: str, x: fx.Node | None = None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ._version import __version__
@@ -27,7 +26,7 @@ from .config import (
 from .errors import CatsparseError
 from .kernels import Backend
 from .linears import SparseLinear, add_input_sparsity, remove_input_sparsity, sparse_linears
-from .methods import SiteThreshold
+from .methods import SiteThreshold, thresholds_of
 from .modules import SparseMLP, add_sparsity, remove_sparsity, sparse_modules
 from .previews_file import StoredPreviews
 from .quantized import check_weights
@@ -92,8 +91,7 @@ def sparsify(
             ``bytes_skipped`` cannot be reached or is given beside what decides it otherwise.
     """
     if isinstance(calibration_or_config, SparsityConfig):
-        config = calibration_or_config
-        return apply_thresholds(model, config, _scalar_thresholds(config), None)
+        return apply_thresholds(model, *thresholds_of(calibration_or_config), None)
     calibration = calibration_or_config
     check_choice("prefill", prefill, PREFILL_POLICIES)
     check_preview(preview)
@@ -337,19 +335,6 @@ def _check_input(model: nn.Module, name: str, wanted: InputConfig) -> None:
             f"the layers that share the input of {shorten(name)} have {rows} outputs in the model "
             f"but {wanted.out_features} in the calibration; use the model that was calibrated"
         )
-
-
-def _scalar_thresholds(config: SparsityConfig) -> dict[str, SiteThreshold]:
-    more = config.compensate or config.down_sparsity is not None or config.scope != "mlp"
-    if config.method != "cats" or more:
-        raise CatsparseError(
-            "a config alone is enough only for method 'cats' without compensation and second "
-            "decision; give the calibration, or load the directory with catsparse.load"
-        )
-    return {
-        name: SiteThreshold(torch.tensor(s.threshold), None, s.threshold, s.sparsity)
-        for name, s in config.sites.items()
-    }
 
 
 def measured(

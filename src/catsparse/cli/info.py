@@ -31,7 +31,7 @@ def info(model: Model = "default", json: Json = False) -> None:
         return
     base, origin = config.base_model, config.calibration
     out.print(
-        f"{model}: {base.name_or_path if base else 'unnamed'} "
+        f"{model}: {(base.name_or_path if base else '') or 'unnamed'} "
         f"({base.model_type if base else '?'}), method {config.described}, "
         f"prefill {config.prefill}"
     )
