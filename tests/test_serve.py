@@ -211,6 +211,8 @@ def test_what_is_written_is_counted(running: Running) -> None:
         values.append(running.metric("requests_total", **labels))
         return [value or 0.0 for value in values]
 
+    # An answer before this test's may have been sent and not counted yet.
+    wait_for(lambda: running.metric("requests_in_flight") == 0)
     before = counted()
     running.complete(PROMPT, 16)
     length = len(tokenizer()(PROMPT)["input_ids"])
