@@ -388,6 +388,66 @@ def test_a_client_that_does_not_read() -> None:
             assert set(texts) == {expected(PROMPT, 16)}
             wait_for(lambda: is_idle(running))
             wait_for(lambda: gone(running) == 1)
+            # Closed for good, though it still does not read what lies in the buffers.
+            wait_for(lambda: not connections(running))
+
+
+def connections(running: Running) -> int:
+    """With a client at the other end, alive or not."""
+    return len(running.server.server_state.connections)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["the first", "another"])
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHo"])
+def test_a_head_that_does_not_come(locked: Running, keep: bool, sent: bytes) -> None:
+    """Its connection ends, however slowly the client goes on to send it."""
+    with raw(locked) as connection:
+        if keep:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            while not connection.recv(4000).endswith(b"}"):
+                pass
+        connection.sendall(sent)
+        start = time.monotonic()
+        connection.settimeout(0.1)
+        while time.monotonic() < start + 8:
+            try:
+                if sent:
+                    connection.sendall(b"s")
+                if not connection.recv(100):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        else:
+            raise AssertionError("the server waits for the head")
+    wait_for(lambda: not connections(locked))
+
+
+def test_the_next_request_may_be_there_already(running: Running) -> None:
+    """Pipelined: what ends the first answer leaves the second alone."""
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with raw(running) as connection:
+        connection.sendall(ask * 3)
+        got = b""
+        while got.count(b'{"status": "ok"}') < 3:
+            part = connection.recv(4000)
+            assert part, got
+            got += part
+
+
+def test_an_answer_that_cannot_be_begun(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it afterwards."""
+
+    def full(generation: Any) -> None:
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.service.engine, "submit", full)
+        assert post(running, COMPLETIONS, prompt=PROMPT).status_code == 500
+    assert not running.service._active
+    assert is_idle(running)
+    assert running.complete(PROMPT, 4) == expected(PROMPT, 4)
 
 
 def test_a_request_while_it_shuts_down() -> None:

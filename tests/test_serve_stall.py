@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,47 @@ def test_a_worker_that_dies_of_its_stall_is_replaced() -> None:
         assert running.metric("worker_restarts_total") == 1
         assert running.metric("worker_stalled") == 0
         assert running.complete(PROMPT, 8) == expected(PROMPT, 8)
+
+
+def test_who_reads_slowly_does_not_keep_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense answer is written while the client of a sparse one, which is complete, reads."""
+    with serving.serving() as running:
+        reading, go_on, real = threading.Event(), threading.Event(), Generation.pieces
+
+        async def slowly(self: Generation) -> Any:
+            async for piece in real(self):
+                while not self.job.dense and not go_on.is_set():
+                    if self.is_written:
+                        reading.set()
+                    await asyncio.sleep(0.02)
+                yield piece
+
+        monkeypatch.setattr(Generation, "pieces", slowly)
+        with ThreadPoolExecutor(2) as pool:
+            sparse = pool.submit(running.complete, PROMPT, 8)
+            try:
+                assert reading.wait(10)
+                dense = pool.submit(running.complete, PROMPT, 8, extra_body={"dense": True})
+                assert dense.result(10) == expected(PROMPT, 8, dense=True)
+                assert not sparse.done()
+            finally:
+                go_on.set()
+            assert sparse.result(10) == expected(PROMPT, 8)
+        wait_for(lambda: running.service._turns._running == 0)  # counting has a turn, too
+
+
+def test_an_answer_fails_once() -> None:
+    """Though its client takes its time to read that."""
+    nothing: Any = None
+    generation = Generation("x", nothing, nothing, nothing)
+    generation.failure = "broken"
+    notes: list[str] = []
+    service: Any = SimpleNamespace(_active={"x": generation}, _log=notes.append)
+    for _ in range(4):
+        service_module.Service._fail_given_up(service)
+    assert notes == ["an answer failed: broken"]
+    assert generation.is_over
+    assert generation._queue.qsize() == 1
 
 
 class Clock:

@@ -43,8 +43,8 @@ class Generation:
             ``was_given_up`` once that was seen.
         finish: ``stop`` or ``length`` once the text is complete.
         first: seconds to the first token; ``latest`` to the latest one.
-        on_tokens: told of each delivery.
-        is_written: the worker is done with it.
+        on_tokens: told of each delivery; ``on_written`` of the last one.
+        is_written: the worker is done with it; ``has_failed``: its client gets an error instead.
         cancelled: nobody waits for it any more.
     """
 
@@ -55,11 +55,12 @@ class Generation:
         self.failure: str | None = None
         self.was_given_up = False
         self.finish: str | None = None
-        self.is_written = self.cancelled = False
+        self.is_written = self.has_failed = self.cancelled = False
         self.started = time.perf_counter()
         self.first: float | None = None
         self.latest = 0.0
         self.on_tokens: Callable[[Generation, int], None] | None = None
+        self.on_written: Callable[[], None] | None = None
         self._text = TextStream(tokenizer)
         self._queue: asyncio.Queue[list[int] | ApiError | None] = asyncio.Queue()
 
@@ -77,6 +78,8 @@ class Generation:
         if finished:
             self.is_written = True
             self._queue.put_nowait(None)
+            if self.on_written is not None:
+                self.on_written()
 
     def give_up(self, attempt: int, reason: str) -> None:
         """The worker could not go on."""
@@ -85,7 +88,13 @@ class Generation:
 
     def fail(self, error: ApiError) -> None:
         self.attempt += 1
+        self.has_failed = True
         self._queue.put_nowait(error)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is expected of a worker, though the client may have to read."""
+        return self.is_written or self.has_failed
 
     @property
     def tokens_per_second(self) -> float | None:

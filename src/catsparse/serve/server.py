@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import CatsparseError
 from ..strict_json import first_sentence
 from .app import App
+from .connection import Connection
 from .service import Service
 from .settings import Settings
 
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self.app,
                 lifespan="off",
-                http="h11",
+                http=Connection,
                 ws="none",
                 log_config=None,
                 log_level=logging.CRITICAL,

@@ -149,17 +149,19 @@ class Service:
     @asynccontextmanager
     async def write(self, ident: str, job: Job) -> AsyncIterator[Generation]:
         """An answer under way; leaving the block ends it."""
-        kind = nullcontext() if not self.engine.together else self._turns.take(job.dense)
-        async with kind:
+        alone = nullcontext(lambda: None)
+        turn = alone if not self.engine.together else self._turns.take(job.dense)
+        async with turn as leave:
             if (error := self.why_refused()) is not None:  # since the request came
                 raise error
             sampler = Sampler(self.model, job.config, len(job.ids), job.max_tokens, job.seed)
             generation = Generation(ident, job, sampler, self.tokenizer)
             generation.on_tokens = self._count_tokens
+            generation.on_written = leave  # how long its client reads is nobody's business
             self._active[ident] = generation
             self.metrics.prompt_tokens.inc(len(job.ids))
-            self.engine.submit(generation)
             try:
+                self.engine.submit(generation)
                 yield generation
             finally:
                 del self._active[ident]
@@ -229,6 +231,8 @@ class Service:
         """Answers that a living worker could not write. A dying one gives all up before it is seen
         to be dead, so they are left alone at first sight."""
         for generation in list(self._active.values()):
+            if generation.has_failed:
+                continue
             if generation.failure is not None and generation.was_given_up:
                 self._log(f"an answer failed: {generation.failure}")
                 generation.fail(failed())
@@ -240,7 +244,7 @@ class Service:
                 self._log("the generation worker goes on; requests are answered again")
                 self._end_stall()
             return
-        waiting = [g for g in self._active.values() if not g.is_written and g.failure is None]
+        waiting = [g for g in self._active.values() if not g.is_over and g.failure is None]
         waits = bool(waiting) or self._turns.someone_waits
         unread = [len(g.job.ids) for g in waiting if not g.tokens and not self.engine.steps]
         signs = self.engine.steps + self._deliveries
@@ -286,7 +290,7 @@ class Service:
             return False
         self._end_stall()
         for generation in list(self._active.values()):
-            if generation.is_written:  # its client has not read all of it
+            if generation.is_over:  # its client has not read all of it
                 continue
             self.engine.cancel(generation)  # it may have come to the new worker already
             generation.attempt += 1

@@ -24,13 +24,22 @@ class Turns:
         self._waiting: deque[tuple[bool, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def take(self, dense: bool) -> AsyncIterator[None]:
+    async def take(self, dense: bool) -> AsyncIterator[Callable[[], None]]:
+        """What it gives ends the turn before the block's end does."""
         await self._enter(dense)
+        has_left = False
+
+        def leave() -> None:
+            nonlocal has_left
+            if not has_left:
+                has_left = True
+                self._running -= 1
+                self._admit()
+
         try:
-            yield
+            yield leave
         finally:
-            self._running -= 1
-            self._admit()
+            leave()
 
     @property
     def someone_waits(self) -> bool:
