@@ -142,7 +142,7 @@ def test_tasks_are_added_to_a_comparison_that_is_there(
     compare.compare(llama, TRAIN, [HELDOUT], chosen, output=tmp_path, progress=False)
     steps.clear()
     compared(llama, folder, "blimp", settings=chosen, output=tmp_path)
-    assert steps == ["calibrate", *["loglikelihoods"] * 3]
+    assert steps == ["loglikelihoods", "calibrate", *["loglikelihoods"] * 2]
     steps.clear()
     compared(llama, folder, "blimp", settings=SETTINGS[1:3], output=tmp_path)
     assert (steps.count("evaluate"), steps.count("loglikelihoods")) == (1, 1)

@@ -111,3 +111,25 @@ def test_files(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     paths = plot_compare(rows, tmp_path, tasks_of("blimp"))
     assert sorted(path.name for path in paths) == ["compare.png", "compare.svg"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_formats_are_drawn_against_bytes_read() -> None:
+    """A line for each format and method, and one through what nothing beats in both."""
+    given = [(8e6, 0.0, "bf16", "dense"), (6e6, 0.02, "bf16", "cats"), (4e6, 0.01, "int8", "dense"),
+             (3e6, 0.05, "int8", "cats"), (2e6, 0.04, "int4", "dense")]  # fmt: skip
+    rows = [
+        pages.compare_row(bytes_read=b, rise=rise, weights=w, method=m, scope="mlp", heldout="x")
+        for b, rise, w, m in given
+    ]
+    (axis,) = compare_figure(rows).axes
+    drawn = {c.get_label(): points(c) for c in axis.containers}
+    assert drawn == {f"{w}, {m}": [(b, rise)] for b, rise, w, m in given}
+    colours = {c.get_label(): c.lines[0].get_color() for c in axis.containers}
+    assert colours["int8, dense"] == colours["int8, cats"] != colours["bf16, cats"]
+    (front,) = [line for line in axis.lines if line.get_label() == "none reads and loses less"]
+    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [
+        (2e6, 0.04),
+        (4e6, 0.01),
+        (8e6, 0.0),
+    ]
+    assert "MB" in axis.get_xlabel()

@@ -16,7 +16,9 @@ import catsparse
 import tiny
 from cases import unpacked
 from catsparse import CatsparseError
-from catsparse.kernels import FORMATS
+from catsparse.config import WEIGHTS
+from catsparse.footprint import PACKED_BYTES
+from catsparse.kernels import FORMATS, quantize, stream
 from catsparse.modules import sparse_modules
 from catsparse.quantized import QuantizedLinear, quantize_weights, weights_of_model
 from command import run
@@ -132,6 +134,29 @@ def test_what_cannot_be_packed_is_refused_and_untouched() -> None:
     quantize_weights(model, "int8")
     with pytest.raises(CatsparseError, match=r"cannot be packed in fp8: .*QuantizedLinear"):
         quantize_weights(model, "fp8")
+
+
+def test_adapters_are_not_packed_beneath() -> None:
+    peft = pytest.importorskip("peft")
+    model = make()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))
+    before = copy.deepcopy(model.state_dict())
+    for one in (wrapped, model):
+        with pytest.raises(CatsparseError, match="PEFT adapters; quantize it before"):
+            quantize_weights(one, "int8")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_formats_are_the_same_everywhere() -> None:
+    """By their names; one that is missing somewhere would fail only when it is first met there."""
+    names = set(FORMATS)
+    assert names == set(WEIGHTS) == set(PACKED_BYTES)
+    assert names == {name for name in stream._WEIGHT_NUMBERS if name is not None}
+    torch.manual_seed(0)
+    for name in names:
+        weight, scale = quantize(torch.randn(64, 1024), name)
+        stored = weight.nbytes + scale.nbytes * (name == "int4")  # a row's one scale is not counted
+        assert stored == PACKED_BYTES[name] * 64 * 1024
 
 
 def test_thresholds_of_other_weights_are_refused() -> None:

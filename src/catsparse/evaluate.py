@@ -98,6 +98,12 @@ def perplexity(
     return Perplexity(math.exp(mean), math.exp(mean) * standard_error(values), values)
 
 
+def rise_of(found: Perplexity, dense: Perplexity) -> tuple[float, float]:
+    """``found`` over ``dense``, less 1, and its standard error, from paired windows."""
+    ratio = found.value / dense.value
+    return ratio - 1, ratio * standard_error(found.losses - dense.losses)
+
+
 def evaluate(
     model: Any,
     windows: Tensor,
@@ -124,13 +130,13 @@ def evaluate(
             dense = perplexity(model, windows, batch_size, progress, "scoring dense")
     with scored_sparse(model, positions=True) as meter:
         sparse = perplexity(model, windows, batch_size, progress, "scoring sparse")
-    rise = sparse.value / dense.value
+    rise, rise_error = rise_of(sparse, dense)
     return Evaluation(
         tokens=windows.shape[0] * (windows.shape[1] - 1),
         perplexity=sparse,
         dense_perplexity=dense,
-        rise=rise - 1,
-        rise_standard_error=rise * standard_error(sparse.losses - dense.losses),
+        rise=rise,
+        rise_standard_error=rise_error,
         sparsity=meter.sparsity,
         down_sparsity=meter.down_sparsity,
         bytes_skipped=meter.bytes_skipped,

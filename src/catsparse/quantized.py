@@ -6,10 +6,14 @@ only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from .adapters import has_adapters
 from .config import WEIGHTS, check_choice
 from .errors import CatsparseError
 from .inputs import block_of
@@ -18,6 +22,9 @@ from .quantized_linear import QuantizedLinear
 from .sites import require_sites
 from .strict_json import shorten
 from .weights import is_spread, why_no_matrix
+
+# What rows call weights that are not packed.
+FLOAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def quantize_weights(model: Any, weights: str) -> Any:
@@ -39,6 +46,10 @@ def quantize_weights(model: Any, weights: str) -> Any:
     check_choice("weights", weights, WEIGHTS)
     if getattr(model, "catsparse", None) is not None:
         raise CatsparseError("the model is sparse already; quantize it before calibrate")
+    if has_adapters(model):
+        raise CatsparseError(
+            "the model holds PEFT adapters; quantize it before they are added, or merge them first"
+        )
     found = linears_to_quantize(model)
     for name, by_input in found.items():
         layer = model.get_submodule(name)
@@ -62,6 +73,25 @@ def quantize_weights(model: Any, weights: str) -> Any:
         owner = model.get_submodule(parent)
         setattr(owner, child, QuantizedLinear.of(getattr(owner, child), weights, by_input))
     return model
+
+
+@contextmanager
+def quantized(model: Any, weights: str | None) -> Iterator[None]:
+    """Inside, ``model`` is packed by :func:`quantize_weights`, which may refuse; afterwards it has
+    its own layers again, which are kept in memory beside. None packs nothing."""
+    if weights is None:
+        yield
+        return
+    before = {name: model.get_submodule(name) for name in linears_to_quantize(model)}
+    tied = model.config.tie_word_embeddings
+    try:
+        quantize_weights(model, weights)
+        yield
+    finally:
+        model.config.tie_word_embeddings = tied
+        for name, layer in before.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
 
 
 def prepare_to_load(model: Any, weights: str) -> None:
@@ -106,6 +136,11 @@ def weights_of_model(model: Any) -> str | None:
     """The format that :func:`quantize_weights` packed a model in; None for one of floats."""
     kinds = {m.weights for m in model.modules() if isinstance(m, QuantizedLinear)}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def weights_name(model: Any) -> str:
+    """What rows call a model's weights: a format, or a dtype of floats."""
+    return weights_of_model(model) or FLOAT_NAMES.get(model.dtype, str(model.dtype))
 
 
 def check_weights(model: Any, weights: str | None, preview: int | None) -> None:

@@ -25,11 +25,11 @@ from ..footprint import bytes_skipped
 from ..linears import sparse_linears
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
-from ..quantized import weights_of_model
+from ..quantized import weights_name
 from ..quantized_linear import QuantizedLinear
 from ..surgery import run_dense, set_backend, sparse_layers, state_of
 from .checks import WARM_TOKENS, check, kept, options_for
-from .rows import WEIGHTS, Probe, Row, commit, device_name, quantiles, versions
+from .rows import Probe, Row, commit, device_name, quantiles, versions
 
 _STEPS = {"transformers": "plain", "dense_compiled": "compile"}
 
@@ -310,7 +310,7 @@ def _rows(
                 device=device_name(model.device),
                 threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
                 dtype=str(model.dtype).removeprefix("torch."),
-                weights=weights_of_model(model) or WEIGHTS[model.dtype],
+                weights=weights_name(model),
                 tokens=batch,
                 context=context,
                 sparsity=v.sparsity,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels import FORMATS
+from ..quantized import FLOAT_NAMES
 from .gpu import capture, gpu_seconds
 from .peers import Peer
-from .rows import WEIGHTS, Probe, Row, commit, device_name, quantiles, seconds, versions
+from .rows import Probe, Row, commit, device_name, quantiles, seconds, versions
 from .setup import INPUTS, KINDS, Setup, Variant
 from .shapes import Shape
 
@@ -139,7 +140,7 @@ def _rows(setup: Setup, variants: list[Variant], probe: Probe) -> list[Row]:
                 device=device_name(device),
                 threads=torch.get_num_threads() if device.type == "cpu" else 0,
                 dtype=str(setup.dtype).removeprefix("torch."),
-                weights=packed or WEIGHTS[setup.dtype],
+                weights=packed or FLOAT_NAMES[setup.dtype],
                 tokens=setup.tokens,
                 context=0,
                 sparsity=v.sparsity,

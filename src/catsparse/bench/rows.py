@@ -21,8 +21,6 @@ from .gpu import ReadKernel, gpu_seconds
 
 PROBE_BYTES = 256 * 2**20
 GPU_PROBE_BYTES = 2**32
-# What rows call weights that are not packed.
-WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference to the reference over its largest value; reduced precision also moves
 # activations that lie next to the threshold across it.

@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..config import ALLOCATIONS, METHODS, PRODUCT, weights_of
+from ..config import ALLOCATIONS, METHODS, PRODUCT, WEIGHTS, weights_of
 from ..errors import CatsparseError
 from .accuracy import average, is_share, titled, with_error, without_examples
 from .common import (
@@ -68,6 +68,14 @@ def compare(
         str, typer.Option(help="Budgets: fractions of the scope's weight bytes not to read.")
     ] = "0.333,0.467,0.6",
     scope: Scope = "mlp",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Also packed: formats of {', '.join(WEIGHTS)}, with commas, each calibrated by "
+            "itself and dense beside it. Without methods of inputs; int4 is its own preview.",
+            show_default="the model's own weights alone",
+        ),
+    ] = None,
     preview: Annotated[
         int, typer.Option(help=f"Bits of the preview that {PRODUCT} decides by, 4 or 8.")
     ] = 4,
@@ -126,6 +134,7 @@ def compare(
         _budgets(bytes_skipped),
         preview,
         scope,
+        [] if weights is None else weights.split(","),
     )
     if all(s.preview is None for s in settings):
         refuse_options(context, ("preview",), f"it belongs to {PRODUCT}, which was not named")
@@ -201,9 +210,11 @@ def _print_table(rows: list[CompareRow]) -> None:
     """Of one text: by budget, then rise; the best of each budget marked."""
     from ..compare import best_rows
 
-    first, best = rows[0], best_rows(rows)
+    first, best = rows[0], best_rows([row for row in rows if row.target])
+    several = len({row.weights for row in rows}) > 1
+    columns = ["MB", "dropped"] if several else ["skipped", "dropped", "perplexity"]
     table = Table(
-        *("asked", "method", "means", "skipped", "dropped", "perplexity", "rise", ""),
+        *("asked", *["weights"] * several, "method", "means", *columns, "rise", ""),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -211,13 +222,14 @@ def _print_table(rows: list[CompareRow]) -> None:
     for target, group in itertools.groupby(ordered, key=lambda row: row.target):
         table.add_section()
         for row in group:
+            read = "" if row.bytes_read is None else f"{row.bytes_read / 1e6:,.1f}"
+            skipped, dropped = f"{row.bytes_skipped:.1%}", f"{row.sparsity:.1%}"
             table.add_row(
-                f"{target:.1%}",
+                f"{target:.1%}" if target else "",
+                *[row.weights] * several,
                 _described(row),
-                "yes" if row.compensate else "no",
-                f"{row.bytes_skipped:.1%}",
-                f"{row.sparsity:.1%}",
-                f"{row.perplexity:.2f}",
+                ("yes" if row.compensate else "no") if target else "",
+                *([read, dropped] if several else [skipped, dropped, f"{row.perplexity:.2f}"]),
                 f"{row.rise:+.1%}" + ("" if row.rise_se is None else f" ± {row.rise_se:.1%}"),
                 "best" if row.key in best else "",
                 style="bold" if row.key in best else None,
@@ -230,7 +242,8 @@ def _print_table(rows: list[CompareRow]) -> None:
         f"{first.dense_perplexity:.3f}; calibrated on {first.calibration_tokens:,} of "
         f"{first.calibration}; asked and skipped: of {weights_of(first.scope)} weight bytes"
         f"{by_preview}; "
-        "every token thresholded",
+        + "MB: of linear layers' weights a token reads; " * several
+        + "every token thresholded",
         highlight=False,
     )
 
@@ -242,9 +255,13 @@ def _print_tasks(rows: list[CompareTaskRow]) -> None:
     dense = [row for row in rows if row.variant == "dense"]
     by_setting: dict[tuple[object, ...], list[CompareTaskRow]] = {}
     for row in rows:
-        if row.variant == "sparse":
-            setting = (row.bytes_asked, row.method, row.compensate, row.preview, row.allocation)
+        if row.variant != "dense":
+            setting = (
+                *(row.bytes_asked, row.method, row.compensate, row.preview, row.allocation),
+                row.weights,
+            )
             by_setting.setdefault(setting, []).append(row)
+    several = len({row.weights for row in rows}) > 1
     shares = all(map(is_share, dense))
     each, together = len(dense) <= _MOST_COLUMNS or not shares, len(dense) > 1 and shares
     columns = [titled(row) for row in dense] * each + ["average"] * together
@@ -255,11 +272,12 @@ def _print_tasks(rows: list[CompareTaskRow]) -> None:
         return shown * each + [average(values, form)] * together
 
     table = Table(
-        *("asked", "method", "means", "skipped", *columns),
+        *("asked", *["weights"] * several, "method", "means", "skipped", *columns),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_row("", "dense", "", "", *cells([(row.value, row.stderr) for row in dense], ".1f"))
+    values = [(row.value, row.stderr) for row in dense]
+    table.add_row("", *[dense[0].weights] * several, "dense", "", "", *cells(values, ".1f"))
     ordered = sorted(by_setting.values(), key=lambda group: group[0].bytes_asked or 0.0)
     for target, settings in itertools.groupby(ordered, key=lambda group: group[0].bytes_asked):
         table.add_section()
@@ -267,6 +285,7 @@ def _print_tasks(rows: list[CompareTaskRow]) -> None:
             changes = [(row.difference or 0.0, row.difference_stderr) for row in group]
             table.add_row(
                 f"{target:.1%}",
+                *[group[0].weights] * several,
                 _described(group[0]),
                 "yes" if group[0].compensate else "no",
                 f"{sum(row.bytes_skipped for row in group) / len(group):.1%}",

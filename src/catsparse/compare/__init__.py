@@ -1,8 +1,8 @@
 """Methods compared on the same data at equal bytes skipped -> rows, which a later run goes on from.
 
 Gate methods are decided by the exact gate, method ``product`` by a preview of gate and up: two
-calibrations on the same tokens. Methods of inputs share the first. All else is the same for every
-row.
+calibrations on the same tokens. Methods of inputs share the first. Packed weights are calibrated
+by themselves. All else is the same for every row.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from torch import Tensor
 from .._version import __version__
 from ..calibration import Calibration
 from ..errors import CatsparseError
-from ..evaluate import Evaluation, Perplexity, evaluate, perplexity
+from ..evaluate import Perplexity, evaluate, perplexity, rise_of
 from ..inputs import inputs_needed
 from ..judge import progress_bar, while_it_fits
 from ..observation import calibrate
 from ..probing import TOKENS, measure_sensitivities, split_windows
+from ..quantized import quantized, weights_name
 from ..rows import add_row, key_of, model_name, tokens_digest, weights_digest
 from ..sensitivities import Sensitivities
 from ..surgery import densify, sparsify
 from ..tasks import Task
 from .rows import CompareRow, CompareTaskRow, Comparison, best_rows, read_rows, read_task_rows
-from .settings import BYTES_SKIPPED, Setting, check_settings, make_settings
+from .settings import BYTES_SKIPPED, DENSE, Setting, check_settings, make_settings
 from .tasks import TASKS_FILE_NAME, TaskScores
+from .traffic import Traffic
 
 __all__ = [
     "BYTES_SKIPPED",
+    "DENSE",
     "FILE_NAME",
     "TASKS_FILE_NAME",
     "CompareRow",
@@ -80,14 +83,15 @@ def compare(
     """Perplexity, and accuracy on zero-shot tasks, of ``model`` made sparse in every one of
     ``settings``, dense beside it.
 
-    Every token is thresholded. The dense model is scored once a text and task; a calibration is
-    made once for the exact gate and once for the preview, each only if a setting left to run needs
+    Every token is thresholded. The dense model in its own weights, which all is compared with, is
+    scored once a text and task; a calibration is made once for the exact gate and once for the
+    preview, and again for each format of packed weights, each only if a setting left to run needs
     it. Allocations by sensitivities hold out the last windows of the calibration text (2,560
     tokens, at most half of it) to measure them on, for all settings alike; that costs as much as
     30 evaluations of 20,000 tokens for each method and compensation.
 
     Args:
-        model: a dense model; dense again afterwards, whatever happens.
+        model: a dense model; dense again afterwards, whatever happens, and its weights its own.
         calibration: text that thresholds come from.
         heldout: texts to measure on, the first perhaps like ``calibration``, others unlike it.
         settings: see :func:`make_settings`.
@@ -144,14 +148,16 @@ class _Run:
         ):
             raise CatsparseError("two of the texts to measure on are the same; name another")
         self.of_all = [weights_digest(model), tokens_digest(self.windows)]
+        self.run_key = key_of(*self.of_all, self.probe_digest)
         rows = [] if self.folder is None else read_rows(self.folder / FILE_NAME)
         self.known = {row.key: row for row in rows}
         provenance = (calibration.name, self.windows.numel())
         self.tasks = TaskScores(model, tasks, self.of_all[0], provenance, self.folder)
-        self.calibrations: dict[int | None, Calibration] = {}
-        self.checkpoints: list[Path] = []
-        self.tables: dict[tuple[str, bool, str], Sensitivities] = {}
         self.dense: dict[str, Perplexity] = {}
+        # Of the weights that the model holds just now.
+        self.traffic: Traffic | None = None
+        self.calibrations: dict[int | None, Calibration] = {}
+        self.tables: dict[tuple[str, bool, str], Sensitivities] = {}
 
     def key(self, s: Setting, text: Text) -> str:
         digest = self.digests[self.heldout.index(text)]
@@ -164,7 +170,7 @@ class _Run:
     def _parts(self, s: Setting) -> tuple[object, ...]:
         probe = None if s.allocation == "uniform" else self.probe_digest
         setting = (s.method, s.compensate, s.preview, s.allocation, s.bytes_skipped, s.scope)
-        return (probe, *setting)
+        return (probe, *setting, *[s.weights] * (s.weights is not None))
 
     def left(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[Text], list[Task]]]:
         """The settings not known on every text and task, with those where they are not."""
@@ -186,12 +192,6 @@ class _Run:
         scored = [*dense_tasks, *itertools.chain.from_iterable(tasks for *_, tasks in left)]
         total = sum(text.windows.numel() for text in evaluated) + sum(map(_tokens, scored))
         line = bar.add_task("comparing", total=total)
-        for preview in dict.fromkeys(s.preview for s, *_ in left):
-            asked = {inputs_needed(s.method, s.scope) for s, *_ in left if s.preview == preview}
-            kinds = asked - {None}
-            self._calibrate(
-                bar, preview, kinds.pop() if len(kinds) == 1 else "all" if kinds else None
-            )
         for text in needed:
             self.dense[text.name] = self._fitting(
                 partial(perplexity, self.model, text.windows, progress=False)
@@ -200,18 +200,56 @@ class _Run:
         for task in dense_tasks:
             self.tasks.score_dense(task, bar)
             bar.advance(line, _tokens(task))
+        for weights in dict.fromkeys(s.weights for s, *_ in left):
+            with quantized(self.model, weights):
+                self._run_on_weights(
+                    [work for work in left if work[0].weights == weights], bar, line
+                )
+        # Also of settings that an earlier, interrupted run finished.
+        for checkpoint in [] if self.folder is None else self.folder.glob(f".*-{self.run_key}-*"):
+            checkpoint.unlink(missing_ok=True)
+
+    def _run_on_weights(
+        self, left: list[tuple[Setting, list[Text], list[Task]]], bar: Progress, line: TaskID
+    ) -> None:
+        """What is left to do on the weights that the model holds now."""
+        self.traffic = Traffic.of(self.model)
+        self.calibrations, self.tables = {}, {}
+        sparse = [s for s, *_ in left if s.method != DENSE]
+        for preview in dict.fromkeys(s.preview for s in sparse):
+            asked = {inputs_needed(s.method, s.scope) for s in sparse if s.preview == preview}
+            kinds = asked - {None}
+            inputs = kinds.pop() if len(kinds) == 1 else "all" if kinds else None
+            self._calibrate(bar, preview, inputs, left[0][0].weights)
         for s, texts, tasks in left:
+            on = f" on {s.weights}" if s.weights else ""
+            if s.method == DENSE:
+                bar.update(line, description=f"dense{on}")
+                self._measure(s, texts, tasks, bar, line)
+                continue
+            bar.update(line, description=f"{s.method} at {s.bytes_skipped:.1%} bytes{on}")
             calibration = self.calibrations[s.preview]
             if s.allocation != "uniform":
                 calibration = replace(calibration, sensitivities=self._table(bar, s))
-            bar.update(line, description=f"{s.method} at {s.bytes_skipped:.1%} bytes")
-            self._measure(s, calibration, texts, tasks, bar, line)
-        for checkpoint in self.checkpoints:
-            checkpoint.unlink(missing_ok=True)
+            sparsify(
+                self.model,
+                calibration,
+                method=s.method,
+                compensate=s.compensate,
+                bytes_skipped=s.bytes_skipped,
+                allocation=s.allocation,
+                scope=s.scope,
+            )
+            try:
+                self._measure(s, texts, tasks, bar, line)
+            finally:
+                densify(self.model)
 
-    def _calibrate(self, bar: Progress, preview: int | None, inputs: str | None) -> None:
+    def _calibrate(
+        self, bar: Progress, preview: int | None, inputs: str | None, weights: str | None
+    ) -> None:
         # Kept until the last row is there: an interrupted run then only reads it.
-        checkpoint = self._checkpoint("calibration", preview, inputs)
+        checkpoint = self._checkpoint("calibration", preview, inputs, weights)
         bar.stop()  # it has a bar of its own
         self.calibrations[preview] = calibrate(
             self.model,
@@ -224,8 +262,6 @@ class _Run:
             keep_checkpoint=True,
             inputs=inputs,
         )
-        if checkpoint is not None:
-            self.checkpoints.append(checkpoint)
         bar.start()
 
     def _table(self, bar: Progress, s: Setting) -> Sensitivities:
@@ -238,7 +274,7 @@ class _Run:
                 self.calibrations[s.preview],
                 self.probe,
                 *kind,
-                checkpoint=self._checkpoint("sensitivities", s.preview, *kind),
+                checkpoint=self._checkpoint("sensitivities", s.preview, *kind, s.weights),
                 progress=self.progress,
             )
             bar.start()
@@ -248,43 +284,22 @@ class _Run:
         """Named after its run, so that another run's is never in the way."""
         if self.folder is None:
             return None
-        key = key_of(*self.of_all, self.probe_digest, self.batch_size, *parts)
-        return self.folder / f".{what}-{key}.partial.safetensors"
+        key = key_of(self.batch_size, *parts)
+        return self.folder / f".{what}-{self.run_key}-{key}.partial.safetensors"
 
     def _measure(
-        self,
-        s: Setting,
-        calibration: Calibration,
-        texts: list[Text],
-        tasks: list[Task],
-        bar: Progress,
-        line: TaskID,
+        self, s: Setting, texts: list[Text], tasks: list[Task], bar: Progress, line: TaskID
     ) -> None:
-        sparsify(
-            self.model,
-            calibration,
-            method=s.method,
-            compensate=s.compensate,
-            bytes_skipped=s.bytes_skipped,
-            allocation=s.allocation,
-            scope=s.scope,
-        )
-        try:
-            for text in texts:
-                dense = self.dense[text.name]
-                e = self._fitting(
-                    partial(evaluate, self.model, text.windows, progress=False, dense=dense)
-                )
-                row = self._row(s, text, e, calibration)
-                self.known[row.key] = row
-                if self.folder is not None:
-                    add_row(self.folder / FILE_NAME, row)
-                bar.advance(line, text.windows.numel())
-            for task in tasks:
-                self.tasks.score(task, s, self.setting_key(s), bar)
-                bar.advance(line, _tokens(task))
-        finally:
-            densify(self.model)
+        """Of the model as it is now."""
+        for text in texts:
+            row = self._row(s, text)
+            self.known[row.key] = row
+            if self.folder is not None:
+                add_row(self.folder / FILE_NAME, row)
+            bar.advance(line, text.windows.numel())
+        for task in tasks:
+            self.tasks.score(task, s, self.setting_key(s), bar)
+            bar.advance(line, _tokens(task))
 
     def _fitting(self, work: Callable[[int], T]) -> T:
         def attempt(size: int) -> T:
@@ -293,7 +308,17 @@ class _Run:
 
         return while_it_fits(self.batch_size, attempt)
 
-    def _row(self, s: Setting, text: Text, e: Evaluation, calibration: Calibration) -> CompareRow:
+    def _row(self, s: Setting, text: Text) -> CompareRow:
+        dense, windows = self.dense[text.name], text.windows
+        skipped = dropped = 0.0
+        if s.method != DENSE:
+            e = self._fitting(partial(evaluate, self.model, windows, progress=False, dense=dense))
+            found, skipped, dropped = e.perplexity, e.bytes_skipped, e.sparsity
+        elif s.weights is None:
+            found = dense
+        else:
+            found = self._fitting(partial(perplexity, self.model, windows, progress=False))
+        rise, rise_error = rise_of(found, dense)
         return CompareRow(
             model=model_name(self.model),
             dtype=str(self.model.dtype).removeprefix("torch."),
@@ -304,19 +329,19 @@ class _Run:
             allocation=s.allocation,
             scope=s.scope,
             target=s.bytes_skipped,
-            bytes_skipped=e.bytes_skipped,
-            sparsity=e.sparsity,
-            perplexity=e.perplexity.value,
-            perplexity_se=_finite(e.perplexity.standard_error),
-            dense_perplexity=e.dense_perplexity.value,
-            dense_perplexity_se=_finite(e.dense_perplexity.standard_error),
-            rise=e.rise,
-            rise_se=_finite(e.rise_standard_error),
-            tokens=e.tokens,
+            bytes_skipped=skipped,
+            sparsity=dropped,
+            perplexity=found.value,
+            perplexity_se=_finite(found.standard_error),
+            dense_perplexity=dense.value,
+            dense_perplexity_se=_finite(dense.standard_error),
+            rise=rise,
+            rise_se=_finite(rise_error),
+            tokens=windows.shape[0] * (windows.shape[1] - 1),
             heldout=text.name,
             calibration=self.text.name,
-            calibration_tokens=calibration.provenance.tokens,
-            seq_len=text.windows.shape[1],
+            calibration_tokens=self.windows.numel(),
+            seq_len=windows.shape[1],
             prefill="masked",
             key=self.key(s, text),
             versions={
@@ -324,6 +349,8 @@ class _Run:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            weights=weights_name(self.model),
+            bytes_read=self.traffic.read(skipped, s.scope) if self.traffic else None,
         )
 
 

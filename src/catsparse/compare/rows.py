@@ -20,7 +20,11 @@ class CompareRow:
     Attributes:
         model: the dense model. dtype, device: that it ran in and on.
         method, compensate, preview, allocation: how it was made sparse.
+            ``dense``: not at all.
         scope: ``mlp`` or ``all``: whose weight bytes are counted.
+        weights: ``int8``, ``fp8`` or ``int4`` if all that decode reads was packed, else the dtype's
+            short name. bytes_read: of all linear layers for a token, whatever ``scope``; None in
+            files of before there was this.
         target: fraction of them asked not to be read.
         bytes_skipped: the fraction measured on the text. sparsity: neurons (with ``teal`` and
             ``wina`` inputs) dropped there.
@@ -60,24 +64,29 @@ class CompareRow:
     prefill: str
     key: str
     versions: dict[str, str]
+    weights: str | None = None
+    bytes_read: float | None = None
 
 
 @dataclass(frozen=True)
 class CompareTaskRow(TaskRow):
     """One task scored dense or in one setting, a line of the file: a row of tasks, and the rest of
-    the setting. What follows is None in dense rows.
+    the setting. What follows is None in dense rows, but ``weights``.
 
     Attributes:
+        variant: also ``packed``: dense on packed weights; its ``method`` is ``dense``.
         allocation: how sparsity is spread over the layers.
         bytes_asked: fraction of the scope's weight bytes asked not to be read, the setting's
             budget; ``target`` is the sparsity that it came to.
         calibration, calibration_tokens: the text that thresholds come from.
+        weights: as in :class:`CompareRow`.
     """
 
     allocation: str | None
     bytes_asked: float | None
     calibration: str | None
     calibration_tokens: int | None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,10 @@ def read_task_rows(path: Path) -> list[CompareTaskRow]:
 
 
 def best_rows(rows: Sequence[CompareRow]) -> set[str]:
-    """Keys of the rows of least rise, one for each text and budget."""
-    best: dict[tuple[str, float], CompareRow] = {}
+    """Keys of the rows of least rise, one for each text, format of weights and budget."""
+    best: dict[tuple[str, str | None, float], CompareRow] = {}
     for row in rows:
-        group = (row.heldout, row.target)
+        group = (row.heldout, row.weights, row.target)
         if group not in best or row.rise < best[group].rise:
             best[group] = row
     return {row.key for row in best.values()}
@@ -129,7 +138,7 @@ def _row_from(raw: Any, where: str) -> CompareRow:
     names = {field.name for field in fields(CompareRow)}
     if (
         not isinstance(raw, dict)
-        or raw.keys() != names
+        or not names - {"weights", "bytes_read"} <= raw.keys() <= names
         or not all(isinstance(raw[name], int | float) for name in numbers)
         or not all(isinstance(raw[name], str) for name in words)
     ):

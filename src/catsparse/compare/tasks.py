@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from ..observation import evaluating
+from ..quantized import weights_name
 from ..rows import add_row
 from ..tasks import Task, score_task
+from ..tasks.rows import paired
 from .rows import CompareTaskRow, read_task_rows
-from .settings import Setting
+from .settings import DENSE, Setting
 
 TASKS_FILE_NAME = "tasks.jsonl"
 
@@ -63,9 +66,22 @@ class TaskScores:
     def _score(
         self, task: Task, setting: Setting | None, sparse: str | None, bar: Progress
     ) -> None:
-        dense = None if setting is None else self.known[self.key(task, None)]
+        key, dense = self.key(task, sparse), None
+        packed = setting is not None and setting.method == DENSE
+        if setting is not None:
+            dense = self.known[self.key(task, None)]
         with evaluating(self.model):
-            scored = score_task(self.model, task, self.key(task, sparse), dense, bar)
+            scored = score_task(self.model, task, key, None if packed else dense, bar)
+        if packed and dense is not None:
+            difference, error = paired(dense, scored.value, scored.correct)
+            scored = replace(
+                *(scored,),
+                variant="packed",
+                method=DENSE,
+                compensate=False,
+                difference=difference,
+                difference_stderr=error,
+            )
         name, tokens = self.calibration
         row = CompareTaskRow(
             **vars(scored),
@@ -73,6 +89,7 @@ class TaskScores:
             bytes_asked=None if setting is None else setting.bytes_skipped,
             calibration=None if setting is None else name,
             calibration_tokens=None if setting is None else tokens,
+            weights=weights_name(self.model),
         )
         self.known[row.key] = row
         if self.path is not None:

@@ -180,10 +180,10 @@ class FusedStep:
             return linear(x, weights, biases, norm, residual, out, scales)
         if scales[0] is not None:
             y = x.new_empty(len(x), sum(len(w) for w in weights)) if out is None else out
-            added = [None] * len(x) if residual is None else residual.split(self.decoder.few)
-            parts = zip(x.split(self.decoder.few), added, y.split(self.decoder.few), strict=False)
-            for part, more, to in parts:
-                linear(part, weights, biases, norm, more, to, scales)
+            for at in range(0, len(x), self.decoder.few):
+                some = slice(at, at + self.decoder.few)
+                more = None if residual is None else residual[some]
+                linear(x[some], weights, biases, norm, more, y[some], scales)
             return y
         x = x if norm is None else rms_norm(x, norm)
         products = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]

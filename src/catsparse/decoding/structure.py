@@ -246,10 +246,11 @@ def _mlp(layer: nn.Module, dtype: torch.dtype) -> Mlp:
             down_t, to_copy = down.weight.t(), down.weight
         weights = Weights(gate.weight, up.weight, down_t, gate.scale, up.scale, down.scale)
         act = site.act
-    gate_, up_ = weights[:2]
-    sizes = columns_of(gate_), gate_.shape[0], columns_of(weights.down_t)
-    reason = why_not_sizes(gate_.device, dtype, *sizes, None, weights.format)
-    if reason or act not in ACTIVATIONS or not (whole_pieces(gate_) and whole_pieces(up_)):
+    rows, sizes = weights.gate, (columns_of(weights.gate), len(weights.gate))
+    reason = why_not_sizes(
+        *(rows.device, dtype, *sizes, columns_of(weights.down_t), None, weights.format)
+    )
+    if reason or act not in ACTIVATIONS or not all(map(whole_pieces, weights[:2])):
         raise NotPlain(reason or "its MLPs' rows are not whole pieces")
     return Mlp(weights, act, sparse, to_copy)
 

@@ -31,7 +31,11 @@ _MEASURED = {
     "bytes_skipped": "n",
     "tokens": "n",
 }
-_COMPARE = _SETTING | _MEASURED | {"model": "s", "allocation": "s", "target": "n", "heldout": "s"}
+_COMPARE = (
+    _SETTING
+    | _MEASURED
+    | {"model": "s", "allocation": "s", "target": "n", "heldout": "s", "weights": "s?"}
+)
 _EVALUATE = _SETTING | _MEASURED | {"base_model": "s", "data": "s", "seq_len": "n"}
 _TASK = {
     "task": "s",
@@ -47,6 +51,7 @@ _TASK = {
     "compensate": "b?",
     "preview": "n?",
     "allocation": "s?",
+    "weights": "s?",
     "bytes_asked": "n?",
     "sparsity": "n",
     "bytes_skipped": "n",
@@ -186,13 +191,13 @@ def _of_this_model(name: str, where: str, config: SparsityConfig) -> None:
 
 
 def _compare_row(raw: Mapping[str, Any], where: str, config: SparsityConfig) -> dict[str, Any]:
-    row = _kept(raw, _COMPARE, where)
+    row = _kept({"weights": None, **raw}, _COMPARE, where)
     _of_this_model(row["model"], where, config)
     return row
 
 
 def _task_row(raw: Mapping[str, Any], where: str, config: SparsityConfig) -> dict[str, Any]:
-    row = _kept(raw, _TASK, where)
+    row = _kept({"weights": None, **raw}, _TASK, where)
     _of_this_model(row["model"], where, config)
     if row["variant"] != "dense" and row["method"] is None:
         raise CatsparseError(f"{where} is of a sparse model without its method; measure it again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,9 +129,10 @@ def _row(kind: type[R], raw: Any, where: str, command: str) -> R:
         "sparsity": (int, float),
     }
     names = {field.name for field in fields(kind)}
+    later = {field.name for field in fields(kind) if field.default is not MISSING}
     if (
         not isinstance(raw, dict)
-        or raw.keys() != names
+        or not names - later <= raw.keys() <= names
         or not all(isinstance(raw[name], of) for name, of in kinds.items())
         or not isinstance(raw["correct"], str | None)
         or set(raw["correct"] or "") - {"0", "1"}

@@ -3,7 +3,9 @@
 const RISES = [-0.1, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000];
 
 function settingWords(row) {
-  return [row.method, row.compensate ? "compensated" : "uncompensated",
+  const packed = ["int8", "fp8", "int4"].includes(row.weights) ? [row.weights] : [];
+  if (row.method === "dense") return [...packed, "dense"].join(", ");
+  return [...packed, row.method, row.compensate ? "compensated" : "uncompensated",
     ...(row.preview ? [`${row.preview}-bit preview`] : []),
     ...(row.allocation && row.allocation !== "uniform" ? [row.allocation] : [])].join(", ");
 }
