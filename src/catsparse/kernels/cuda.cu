@@ -1,9 +1,9 @@
 /* catsparse::gated_mlp on NVIDIA GPUs from Hopper on, for one to four tokens:
  *   g = act(w_gate x), kept iff |g| > threshold, y = sum over kept (g u - mean) w_down_t + bias
  * With a preview of w_gate, its rows take the place of w_gate's in the decision, and w_gate's rows of
- * kept neurons are read after it; with one of w_up, too, their product decides. With a second decision, a neuron whose |g u| is at most its
- * product threshold is dropped, too, before its row of w_down_t is asked for. Weights in int4 are
- * their own preview (OWN): what it foretells is the gate itself.
+ * kept neurons are read after it; with one of w_up, too, their product decides. With a second decision, a neuron
+ * whose |g u| is at most its product threshold is dropped, too, before its row of w_down_t is asked
+ * for. Weights in int4 are their own preview (OWN): what it foretells is the gate itself.
  *
  * A block owns a slice of the neurons. One thread of it, the producer, asks the bulk copy engine
  * for rows: the gate rows, then the up rows of kept neurons, then their rows of w_down_t. They come
@@ -35,7 +35,7 @@ struct Problem {
     Norm norm; /* of x */
     int tokens, hidden, neurons, columns, threshold_stride, product_stride;
     int capacity, pitch, stage, stages; /* pitch and stage in bytes */
-    int early; /* whether rows may be read before the previous kernel has ended */
+    int early; /* whether weights and thresholds may be read before the previous kernel has ended */
 #if PREVIEW
     Preview preview;
 #endif
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
 
     /* ---- the consumers ---- */
-    wait_for_previous();
+    if (!p.early) wait_for_previous();
     float bounds[CHUNKS], own_scales[CHUNKS][3]; /* of this thread's neurons */
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -193,8 +193,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         own_scales[c][0] = 1.0f;
 #endif
     }
+    NormWeights norm_weights(p.norm, p.hidden);
+    if (p.early) wait_for_previous();
     float xs[TOKENS][COLUMNS * VEC];
-    load_x(p.x, p.tokens, p.hidden, p.norm, xs);
+    load_x(p.x, p.tokens, p.hidden, p.norm, norm_weights, xs);
 #if !OWN
     Factor factors[TOKENS][COLUMNS];
 #endif

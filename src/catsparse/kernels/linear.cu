@@ -36,10 +36,22 @@ DEVICE int part_of(const Linear &p, int &row) {
 /* Rows of a block one after the other: of one matrix, and at most `capacity`. */
 struct Run {
     int row, part, count; /* of the matrix */
+    /* What this thread's first result of the run needs, asked for while rows come. */
+    float scale = 1.0f, bias = 0.0f, residual = 0.0f;
 
     DEVICE_METHOD Run(const Linear &p, int first, int left) : row(first) {
         part = part_of(p, row);
         count = min(min(left, p.capacity), p.rows[part] - row);
+    }
+    DEVICE_METHOD void ask_weights(const Linear &p) {
+        int own = row + threadIdx.x % count;
+        if (ROW_SCALES) scale = p.w[part].row_scale(own);
+        if (p.bias[part]) bias = to_float(p.bias[part][own]);
+    }
+    DEVICE_METHOD void ask_residual(const Linear &p, int first) {
+        int k = threadIdx.x % count, t = threadIdx.x / count;
+        if (p.residual && t < p.tokens)
+            residual = to_float(p.residual[(long long)t * p.total + first + k]);
     }
 };
 
@@ -89,9 +101,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
 
     /* ---- the consumers ---- */
+    Run run(p, first, count);
+    run.ask_weights(p);
+    NormWeights norm_weights(p.norm, p.hidden);
     wait_for_previous();
+    run.ask_residual(p, first);
     float xs[TOKENS][COLUMNS * VEC];
-    load_x(p.x, p.tokens, p.hidden, p.norm, xs);
+    load_x(p.x, p.tokens, p.hidden, p.norm, norm_weights, xs);
 #if WEIGHT == 3
     to_digits(xs, digits, units);
     consumers_sync();
@@ -102,10 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     to_factors(xs, factors);
 #endif
     for (int at = 0; at < count;) {
-        Run run(p, first + at, count - at);
         const Matrix &w = p.w[run.part];
-        /* Asked for while rows come. */
-        float scale = ROW_SCALES ? w.row_scale(run.row + tid % run.count) : 1.0f;
 #if WEIGHT == 3
         for (int k = 0; k < run.count; k += TILE)
             Preview::dot_tile(ring, fragments, k, run.count, dots,
@@ -117,13 +130,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         for (int i = tid; i < run.count * p.tokens; i += THREADS) {
             int k = i % run.count, t = i / run.count;
             long long to = (long long)t * p.total + first + at + k;
-            float y = dot_of(dots, k, t);
-            if (ROW_SCALES) y *= i == tid ? scale : w.row_scale(run.row + k);
-            if (p.bias[run.part]) y += to_float(p.bias[run.part][run.row + k]);
-            if (p.residual) y = to_float(p.residual[to]) + rounded(y);
+            float y = dot_of(dots, k, t), scale = run.scale, bias = run.bias;
+            float residual = run.residual;
+            if (i != tid) {
+                if (ROW_SCALES) scale = w.row_scale(run.row + k);
+                if (p.bias[run.part]) bias = to_float(p.bias[run.part][run.row + k]);
+                if (p.residual) residual = to_float(p.residual[to]);
+            }
+            y = y * scale + bias;
+            if (p.residual) y = residual + rounded(y);
             p.y[to] = round_to_weight(y);
         }
-        consumers_sync(); /* the next rows' dots take the place of these */
         at += run.count;
+        if (at >= count) return;
+        consumers_sync(); /* the next rows' dots take the place of these */
+        run = Run(p, first + at, count - at);
+        run.ask_weights(p);
+        run.ask_residual(p, first + at);
     }
 }

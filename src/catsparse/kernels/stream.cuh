@@ -205,9 +205,23 @@ struct Norm {
     float eps, offset;
 };
 
+/* This consumer's columns of its weight, asked for before the kernel ahead has ended. */
+struct NormWeights {
+    uint4 pieces[COLUMNS];
+
+    DEVICE_METHOD NormWeights(const Norm &norm, int hidden) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int at = (threadIdx.x + c * THREADS) * VEC;
+            pieces[c] = {0, 0, 0, 0};
+            if (norm.weight && at < hidden) pieces[c] = *(const uint4 *)(norm.weight + at);
+        }
+    }
+};
+
 /* The columns that this consumer owns, in fp32; 0 beyond the row and beyond `tokens`. */
 DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
-                   float (&xs)[TOKENS][COLUMNS * VEC]) {
+                   const NormWeights &weights, float (&xs)[TOKENS][COLUMNS * VEC]) {
     int tid = threadIdx.x;
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
@@ -238,7 +252,7 @@ DEVICE void load_x(const weight_t *x, int tokens, int hidden, const Norm &norm,
         int at = (tid + c * THREADS) * VEC;
         if (!EVEN && at >= hidden) break;
         float w[VEC];
-        unpack(*(const uint4 *)(norm.weight + at), w);
+        unpack(weights.pieces[c], w);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             float sum = 0.0f;

@@ -83,6 +83,11 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_cons
     int total = p.tokens * p.columns, at = blockIdx.x * 32 + lane * 4;
     launch_dependents();
     wait_for_previous();
+    /* Of this thread's result, where it has one: asked for first, though needed last. */
+    int to = blockIdx.x * 32 + threadIdx.x;
+    bool own = threadIdx.x < 32 && to < total;
+    float y = own && p.bias ? p.bias[to % p.columns] : 0.0f;
+    float residual = own && p.residual ? to_float(p.residual[to]) : 0.0f;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     if (at < total) {
 #pragma unroll 8
@@ -98,13 +103,11 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_cons
     }
     if (threadIdx.x % 32 < 8) sums[threadIdx.x / 32][lane] = sum;
     __syncthreads();
-    int to = blockIdx.x * 32 + threadIdx.x;
-    if (threadIdx.x < 32 && to < total) {
+    if (own) {
         const float *flat = (const float *)sums;
-        float y = p.bias ? p.bias[to % p.columns] : 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; i++) y += flat[i * 32 + threadIdx.x];
-        if (p.residual) y = to_float(p.residual[to]) + rounded(y);
+        if (p.residual) y = residual + rounded(y);
         p.y[to] = round_to_weight(y);
     }
 }
