@@ -35,12 +35,15 @@ from .stream import (
     template,
     whole_pieces,
 )
+from .sums import LEFT
 from .tiles import OWN, PREVIEW, TILE, Ring, digit_bytes, find_ring, tile_defines
 
 SOURCE = Path(__file__).with_name("linear.cu")
 PARTS = 3  # linear.cu's
-# Shared memory left to the attention kernel, whose blocks run beside those of the product after it.
-_LEFT = 24 * 1024
+# Attention's blocks find no room beside those of a product: on their multiprocessors its rows would
+# be in the way of all that they load, and the step take longer. The sum of a gated MLP's partial
+# outputs does run beside the product after it, so in the first round half as much is asked for.
+_FIRST_BYTES = 32 * 1024
 _DOT_BYTES = 16 * 1024  # partial dots of the rows that a block finishes at a time, at most
 
 
@@ -143,8 +146,7 @@ def _build(device: torch.device, storage: Storage, tokens: int, hidden: int, tot
     blocks, capacity, stages, plan = _layout(device, storage, hidden, total, tokens)
     code = compile_linear(storage, tokens, hidden, plan, arch(device))
     stage = _ring(storage, hidden, plan, 0).stage
-    shared = stages * stage + _other_bytes(storage, hidden, tokens)
-    shared += _dot_bytes(capacity, tokens, plan)
+    shared = shared_bytes(device) - LEFT  # all, used or not
     kernel = find_kernel(load_module(code, device), "linear", plan.threads + 32, shared)
     return _Built(kernel, blocks, capacity, stage, stages)
 
@@ -154,6 +156,7 @@ def compile_linear(storage: Storage, tokens: int, hidden: int, plan: Plan, targe
     pieces = -(-hidden * storage.dtype.itemsize // PIECE)
     each = -(-pieces // plan.threads)
     own = tile_defines(_ring(storage, hidden, plan, 0).tiles)
+    own["UNDER_WAY_FIRST"] = _FIRST_BYTES
     constants = defines(storage, tokens, plan, each, pieces == plan.threads * each, **own)
     return compile_source((NUMBERS, WEIGHTS, STREAM, PREVIEW, SOURCE), constants, target)
 
@@ -164,7 +167,7 @@ def _layout(
     """(blocks, rows that a block finishes at a time, stages, plan)."""
     blocks = min(torch.cuda.get_device_properties(device).multi_processor_count, total)
     plan = find_plan(hidden * storage.dtype.itemsize, tokens, storage.weights)
-    room = shared_bytes(device) - _LEFT - _other_bytes(storage, hidden, tokens)
+    room = shared_bytes(device) - LEFT - _other_bytes(storage, hidden, tokens)
     rows = plan.rows
     while rows > 1 and not _ring(
         storage, hidden, replace(plan, rows=rows), room - _DOT_BYTES

@@ -65,15 +65,27 @@ struct Matrix {
 
 /* ---- the ring ------------------------------------------------------------------------------- */
 
+/* Bytes that a block asks for ahead of those that have come: enough to keep the memory busy. More
+ * would only stand in the way of all else that the multiprocessor loads, its own and that of the
+ * kernels beside it. */
+#ifndef UNDER_WAY
+#define UNDER_WAY 65536
+#endif
+/* The same in the first round, while the kernel ahead may still run. */
+#ifndef UNDER_WAY_FIRST
+#define UNDER_WAY_FIRST UNDER_WAY
+#endif
+
 struct Ring {
     char *data;
     u64 *full, *empty;
     int stages, size, pitch; /* bytes of a stage, and from row to row of it */
     int stage = 0;
     u32 parity = 0;
+    bool first_round = true;
 
     DEVICE_METHOD void advance() {
-        if (++stage == stages) stage = 0, parity ^= 1;
+        if (++stage == stages) stage = 0, parity ^= 1, first_round = false;
     }
     DEVICE_METHOD char *rows() const { return data + stage * size; }
     DEVICE_METHOD void wait_full() const { barrier_wait(full + stage, parity); }
@@ -89,8 +101,13 @@ struct Ring {
         if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
         advance();
     }
-    /* The producer's: the next stage is free, and will hold so many bytes. */
+    /* The producer's: the next stage is free, not too many before it are under way, and it will
+     * hold so many bytes. */
     DEVICE_METHOD void wait_empty(u32 bytes) const {
+        int most = first_round ? UNDER_WAY_FIRST : UNDER_WAY;
+        int ahead = max(1, (most + size / 2) / size), at = stage - ahead;
+        bool wraps = at < 0; /* in the first round to stages that pass, as nothing was asked of them */
+        if (ahead < stages) barrier_wait(full + at + (wraps ? stages : 0), parity ^ wraps);
         barrier_wait(empty + stage, parity ^ 1);
         barrier_expect(full + stage, bytes);
     }
