@@ -158,7 +158,7 @@ def test_experts_of_random_routes() -> None:
 def test_what_a_gpu_holds() -> None:
     def held(**changes: Any) -> float:
         chosen = setting(context=0, **changes)
-        return memory_bytes(chosen, layer_bytes(chosen, 4), HEAD)
+        return memory_bytes(chosen, layer_bytes(chosen, 4))
 
     assert held() == 2 * (ATTENTION + MLP) + 2 * HEAD
     assert held(sparsity=0.5) == pytest.approx(2 * (ATTENTION + MLP * 4 / 3) + 2 * HEAD)
@@ -166,6 +166,13 @@ def test_what_a_gpu_holds() -> None:
     assert held(experts=4) == 2 * (ATTENTION + 2 * 128 * 4 + 4 * MLP) + 2 * HEAD
     with_preview = held(sparsity=0.5, preview=4, products=True)
     assert with_preview == pytest.approx(held(sparsity=0.5) + 2 * 2 * PREVIEW)
+    # Packed by input there is no copy of W_down; scales are four bytes a row, the embedding bf16.
+    rows = 2 * (256 + 128 + 3 * 256) + 1000
+    packed = (2 * (ATTENTION + MLP) + HEAD) / 2 + 4 * rows
+    assert held(sparsity=0.5, weights="int8") == packed + HEAD
+    tied = replace(SMALL, tied=True)
+    assert held(shape=tied) == 2 * (ATTENTION + MLP) + HEAD
+    assert held(shape=tied, weights="int8") == packed + HEAD
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..rows import read_lines
 from ..strict_json import shorten
 from .shapes import SHAPES
 from .simulate import Costs, Machine, simulate
-from .traffic import BF16, Setting, layer_bytes, sparse_tokens
+from .traffic import WEIGHTS, Setting, head_bytes, layer_bytes, sparse_tokens
 
 # bytes/s: the fastest pass of bench's probe over the runs of decode-cuda-h200.jsonl and
 # decode-cuda-h100.jsonl.
@@ -157,12 +157,14 @@ def _measured(row: object, where: str) -> Measured | None:
     context = 0 if what == "op" else int(_number(row, "context", where, 0, 2**24, int))
     p50 = _number(row, "p50", where, 1e-9, 1e12)
     preview, products = method if sparsity else (None, False)
-    setting = Setting(shape, sparsity, tokens, context, preview=preview, products=products)
+    named = row.get("weights")
+    weights = named if named in WEIGHTS else "bf16"  # rows of before there were formats have none
+    setting = Setting(shape, sparsity, tokens, context, weights, preview, products)
     bandwidth = None
     if what == "decode" and sparsity == 0 and "limit" in row:
         layer = layer_bytes(setting, 0)
         read = shape.layers * (layer.attention + layer.mlp + layer.cache)
-        read += shape.vocab * shape.hidden * BF16
+        read += head_bytes(setting)
         bandwidth = _number(row, "limit", where, 1e-9, 1e12) / tokens * read
     vs_dense = _number(row, "vs_dense", where, 1e-9, 1e9)
     seconds = p50 * 1e-6 if what == "op" else tokens / p50
@@ -250,7 +252,7 @@ def _amounts(row: Measured) -> list[float]:
     layer = layer_bytes(setting.dense, 0)
     if row.what == "op":
         return [layer.mlp, layer.mlp * (setting.batch - 1), 0, 1]
-    weights = shape.layers * (layer.attention + layer.mlp) + shape.vocab * shape.hidden * BF16
+    weights = shape.layers * (layer.attention + layer.mlp) + head_bytes(setting)
     return [weights, weights * (setting.batch - 1), shape.layers * layer.cache, shape.layers]
 
 

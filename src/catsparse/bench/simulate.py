@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..errors import CatsparseError
 from ..kernels import MAX_OP_TOKENS
-from .traffic import BF16, Layer, Setting, layer_bytes, memory_bytes, sparse_tokens
+from .traffic import BF16, Layer, Setting, head_bytes, layer_bytes, memory_bytes, sparse_tokens
 
 LOGITS = 4  # bytes of one
 
@@ -103,7 +103,7 @@ def simulate(setting: Setting, machine: Machine) -> Step:
     # By tokens alone, as the whole step changes its kernels with them, dense or not.
     few = machine.engine != "catsparse" or batch <= most
     costs = machine.few if few else machine.many
-    head = math.ceil(shape.vocab / setting.tp) * BF16 * shape.hidden
+    head = head_bytes(setting)
     speed = costs.efficiency * machine.bandwidth / (1 + costs.token * (batch - 1))
     weights = (layer.attention + layer.mlp) / speed
     cache = layer.cache / (costs.cache_efficiency * machine.bandwidth)
@@ -126,7 +126,7 @@ def simulate(setting: Setting, machine: Machine) -> Step:
         links=shape.layers * links + logits + (pp - 1) * hop,
         latency=shape.layers * each + last + (pp - 1) * hop,
         slowest=max(longest * each, shortest * each + last),
-        memory=memory_bytes(setting, layer, head),
+        memory=memory_bytes(setting, layer),
     )
 
 

@@ -20,7 +20,7 @@ from .shapes import Shape
 
 WEIGHTS = ("bf16", "fp8", "int8", "int4")
 ENGINES = ("catsparse", "vllm")
-BF16 = 2  # bytes: of activations, the cache, the router and the output layer, which stays bf16
+BF16 = 2  # bytes: of activations, the cache, the router and the embedding, which stay bf16
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setting:
         shape: of the model; with ``experts`` its MLP is one expert's.
         sparsity: fraction of neurons that one token drops.
         batch: sequences of a step. context: tokens of each in the cache.
-        weights: of all linear layers but the output layer, one of :data:`WEIGHTS`.
+        weights: of all linear layers, one of :data:`WEIGHTS`.
         preview: its bits, 4 or 8; None if the exact gate decides.
         products: the preview is of gate and up.
         overlap: 0 if tokens drop neurons independently, 1 if all drop the same: :func:`union`.
@@ -130,7 +130,7 @@ def sparse_tokens(setting: Setting, engine: str) -> int:
     Raises:
         CatsparseError: vLLM does not take such weights beside ``cats``.
     """
-    if engine == "vllm" and setting.weights != "bf16":
+    if engine == "vllm" and setting.weights != "bf16" and setting.sparsity:
         raise CatsparseError(
             f"vLLM takes no {setting.weights} weights beside cats; leave --weights out, or give "
             "--engine catsparse"
@@ -197,19 +197,29 @@ def _mlp_bytes(setting: Setting, tokens: int, most: int) -> float:
     return groups * neurons * (copies + 3 * row * kept)
 
 
-def memory_bytes(setting: Setting, layer: Layer, head: float) -> float:
-    """What the GPU that holds most has to hold: weights, the transposed copy of W_down, previews,
-    embedding or output layer, and the cache of as many batches as there are stages."""
+def head_bytes(setting: Setting) -> float:
+    """Of the output layer on one rank."""
+    rows = math.ceil(setting.shape.vocab / setting.tp)
+    return rows * row_bytes(setting.shape.hidden, setting.weights)
+
+
+def memory_bytes(setting: Setting, layer: Layer) -> float:
+    """What the GPU that holds most has to hold: weights, the transposed copy of W_down (packed
+    weights have none), previews, embedding and output layer, and the cache of as many batches as
+    there are stages."""
     shape, pp = setting.shape, setting.pp
     mlps = setting.experts * _mlp_bytes(setting.dense, 1, 0)
-    if setting.sparsity:
+    if setting.sparsity and setting.weights == "bf16":
         mlps *= 4 / 3
     if setting.preview is not None:
         neurons = setting.experts * shape.intermediate // setting.tp
         copies = 2 if setting.products else 1
         mlps += copies * neurons * preview_bytes(shape.hidden, setting.preview)
-    ends = 1 if shape.tied or pp > 1 else 2  # the first stage has the one, the last the other
-    return math.ceil(shape.layers / pp) * (layer.attention + mlps + pp * layer.cache) + ends * head
+    embedding, head = math.ceil(shape.vocab / setting.tp) * BF16 * shape.hidden, head_bytes(setting)
+    ends = embedding + head
+    if pp > 1 or (shape.tied and setting.weights == "bf16"):  # a packed head is no embedding
+        ends = max(embedding, head)  # the first stage has the one, the last the other
+    return math.ceil(shape.layers / pp) * (layer.attention + mlps + pp * layer.cache) + ends
 
 
 def _head_size(shape: Shape) -> int:
