@@ -221,6 +221,8 @@ def _mlp(layer: nn.Module, dtype: torch.dtype) -> Mlp:
         found = sparse.raw_weights(dtype)
         if found is None:
             raise NotPlain(f"an MLP's {sparse.why_not_raw(dtype)}")
+        if sparse.output_scale is not None:
+            raise NotPlain("an MLP's down projection has the checkpoint's scales by output")
         weights = found
         choice = sparse.choose_backend(sparse.catsparse_backend, sparse.catsparse_down_copy)
         runs = sparse.catsparse_enabled or not sparse.catsparse_down_copy
@@ -323,6 +325,8 @@ def _matrix(child: Any, name: str, by_input: bool = False) -> Matrix:
         return Matrix(child.weight, child.bias)
     if child.by_input is not by_input:
         raise NotPlain(f"its {name} is packed by the other axis")
+    if child.output_scale is not None:
+        raise NotPlain(f"its {name} has the checkpoint's scales by output")
     return Matrix(child.weight, child.bias, child.weight_scale)
 
 
