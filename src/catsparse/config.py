@@ -29,7 +29,8 @@ PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)
 WEIGHTS = ("int8", "fp8", "int4")
-OWN = "own"  # the codes of a checkpoint that is quantized already; what is stored names their format
+# The codes of a checkpoint that is quantized already; what is stored names their format.
+OWN = "own"
 STORED_WEIGHTS = (*WEIGHTS, *(f"{OWN}-{name}" for name in WEIGHTS))
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.
 MAX_CONFIG_BYTES = 16 * 2**20

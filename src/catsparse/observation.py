@@ -396,6 +396,5 @@ def _input_device(model: nn.Module) -> torch.device:
 
 def _site_device(model: nn.Module, site: Site) -> torch.device:
     module = model.get_submodule(site.name)
-    # A GPTQ or AWQ layer has buffers only.
-    device = next(chain(module.parameters(), module.buffers())).device
+    device = next(chain(module.parameters(), module.buffers())).device  # GPTQ has buffers only
     return torch.device("cpu") if device.type == "meta" else device

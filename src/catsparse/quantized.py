@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from .checkpoints import Codes, is_linear, own_codes, quantized_by, settle
 from .config import OWN, WEIGHTS, check_choice
 from .errors import CatsparseError
@@ -107,8 +105,9 @@ def _keep_codes(model: Any, found: dict[str, bool]) -> Any:
             left.update(names)
             reasons += [f"{shorten(site.name)}, int4 codes lie by output"] * ("int4" in kinds)
     codes = {name: c for name, c in codes.items() if name not in left}
-    if len(kinds := {c.weights for c in codes.values()}) != 1:
-        why = f"they are of several formats ({', '.join(sorted(kinds))})" if kinds else reasons[0]
+    formats = sorted({c.weights for c in codes.values()})
+    if len(formats) != 1:
+        why = f"they are of several formats ({', '.join(formats)})" if formats else reasons[0]
         raise CatsparseError(
             f"the checkpoint's own codes cannot be packed: {why}; leave them, or name a format to "
             "round again"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import quantized_by
 from ..kernels import ACTIVATIONS, FORMATS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
@@ -318,6 +319,8 @@ def _linear(parent: nn.Module, name: str, by_input: bool = False) -> Matrix:
 
 
 def _matrix(child: Any, name: str, by_input: bool = False) -> Matrix:
+    if (library := quantized_by(child)) is not None:  # a plain module may hold codes, or round
+        raise NotPlain(f"its {name} is quantized by {library}")
     plain = type(child) in (nn.Linear, SparseLinear, QuantizedLinear)
     if not plain or type(child.weight) is not nn.Parameter:
         raise NotPlain(f"its {name} is a {type(child).__name__}")
