@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -352,6 +353,62 @@ def test_the_fused_step_never_reads_codes_as_floats(
     ids, options = tiny.tokens(1, 12), {"max_new_tokens": 8, "do_sample": False}
     ours = catsparse.generate(model, ids, **options)
     assert torch.equal(ours, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", None])
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_adapters_are_added_after_packing(
+    weights: str | None, kind: str | None, make: Callable[[str], Path]
+) -> None:
+    """Else they would be packed as if they were layers of the model."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["gate_proj", "q_proj"], init_lora_weights=False)
+    model = tiny.build(tiny.llama_config(**SIZES)) if kind is None else load(make(kind))
+    wrapped = peft.get_peft_model(model, config)
+    before = tiny.logits(wrapped)
+    with pytest.raises(CatsparseError, match="holds adapters"):
+        quantize_weights(wrapped, weights)
+    assert torch.equal(tiny.logits(wrapped), before)
+
+
+@pytest.mark.parametrize("kind", ["torchao-fp8", "w8a16"])
+def test_an_adapter_on_a_repacked_model_is_added_to_it(
+    kind: str, make: Callable[[str], Path]
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = quantize_weights(load(make(kind)))
+    catsparse.sparsify(model, tiny.calibrate(model), 0.5)
+    before = tiny.logits(model).float()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"])).eval()
+    after = tiny.logits(wrapped).float()  # nothing is trained: the scales by output are in it
+    assert (after - before).norm() / before.norm() < 0.05
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_repacked_models_compile(kind: str, make: Callable[[str], Path]) -> None:
+    model = quantize_weights(load(make(kind)))
+    catsparse.sparsify(model, tiny.calibrate(model), 0.5)
+    module = model.model.layers[0].mlp
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for tokens in (2, 40):
+        x = torch.randn(1, tokens, 128).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(compiled(x), module(x))
+    torch._dynamo.reset()
+
+
+def test_a_missing_library_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPTQ's is one that no test installs."""
+    if importlib.util.find_spec("gptqmodel") or importlib.util.find_spec("optimum"):
+        pytest.skip("the library is here")
+    folder = tiny.save_base(tmp_path / "base", tiny.llama_config(**SIZES))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, said = run(capsys, "sparsify", folder, "-o", tmp_path / "out")
+    assert code == 2
+    assert "cannot load the model" in said
+    assert "optimum" in said or "gptqmodel" in said
 
 
 def test_floats_have_no_codes_of_their_own() -> None:

@@ -30,6 +30,8 @@ class Codes(NamedTuple):
 
 def quantized_by(layer: Any) -> str | None:
     """Which library quantized ``layer``, and how, in words; None if none is known to have."""
+    if hasattr(layer, "base_layer"):
+        return None  # an adapter's, around a layer that may be
     scheme = getattr(layer, "quantization_scheme", None)
     if scheme is not None and getattr(scheme, "weights", None) is not None:
         return f"compressed-tensors {_format_of(scheme)}"
@@ -39,7 +41,8 @@ def quantized_by(layer: Any) -> str | None:
         return f"{library} {kind.__name__}"
     if library == "transformers" and kind.__name__ == "FP8Linear":
         return "transformers FP8Linear"
-    if type(weight).__module__.split(".")[0] == "torchao":
+    # Asked in this order, compiled forwards can ask, too.
+    if type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao."):
         return f"torchao {type(weight).__name__}"
     if hasattr(layer, "qweight"):
         return f"{library} {kind.__name__}"
@@ -224,9 +227,10 @@ def _decompressed(layer: Any) -> Tensor:
 
 def _by_identity(layer: Any) -> Tensor:
     """What a layer makes of the identity matrix, its bias aside: each output is one product."""
-    device = next(iter([*layer.parameters(), *layer.buffers()])).device
+    held = [*layer.parameters(), *layer.buffers()]
+    device, floats = held[0].device, [t.dtype for t in held if t.is_floating_point()]
     bias = getattr(layer, "bias", None)
-    dtype = getattr(layer, "compute_dtype", None) or torch.float32
+    dtype = getattr(layer, "compute_dtype", None) or next(iter(floats), torch.float32)
     parts = []
     for first in range(0, layer.in_features, _ROWS):
         count = min(_ROWS, layer.in_features - first)

@@ -206,7 +206,8 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` in evaluation mode; ``default`` is the bundled one.
 
     Raises:
-        CatsparseError: there is no such model, or not in safetensors.
+        CatsparseError: there is no such model, or not in safetensors, or what it needs (the library
+            of a quantized one) is missing.
     """
     from_pretrained_kwargs.setdefault("use_safetensors", True)
     # Said outright, or transformers asks on the terminal whether to run the repository's code.
@@ -214,7 +215,7 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
     _check_path(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), **from_pretrained_kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, CatsparseError):
             raise
         raise CatsparseError(

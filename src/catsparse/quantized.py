@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .adapters import has_adapters
 from .checkpoints import Codes, is_linear, own_codes, quantized_by, settle
 from .config import OWN, WEIGHTS, check_choice
 from .errors import CatsparseError
@@ -46,6 +47,8 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
         check_choice("weights", weights, WEIGHTS)
     if getattr(model, "catsparse", None) is not None:
         raise CatsparseError("the model is sparse already; quantize it before calibrate")
+    if has_adapters(model):
+        raise CatsparseError("the model holds adapters; pack it first, and add them then")
     found = linears_to_quantize(model)
     if weights is None:
         return _keep_codes(model, found)
