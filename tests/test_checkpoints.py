@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config, Qwen2Config
 
 import catsparse
 import tiny
@@ -254,6 +254,28 @@ def test_repacked_models_decode_by_rows(
     plain = load(make(kind))
     with pytest.raises(CatsparseError, match=r"quantize_weights\(model\)"):
         catsparse.sparsify(plain, calibration, 0.5)
+
+
+@pytest.mark.parametrize("family", [Phi3Config, Qwen2Config])  # fused rows; biases
+def test_other_families_are_repacked_in_memory(family: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    sizes = {k: v for k, v in (tiny.SMALL | SIZES).items() if k != "head_dim"}
+    model = tiny.build(family(**sizes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    masked = tiny.logits(model)
+    calibration = tiny.calibrate(model)
+    sparse = catsparse.sparsify(model, calibration, 0.5)
+    truth = [tiny.logits(sparse, n) for n in (tiny.SHORT, tiny.LONG)]
+    catsparse.densify(sparse)
+    quantize_weights(model)
+    assert tiny.close(tiny.logits(model), masked, 1e-3)
+    catsparse.sparsify(model, tiny.calibrate(model), 0.5)
+    assert "masked children" not in catsparse.explain(model)
+    for length, other in zip((tiny.SHORT, tiny.LONG), truth, strict=True):
+        assert tiny.close(tiny.logits(model, length), other, 0.02)
 
 
 def test_int4_mlps_stay_masked_and_attention_is_packed(
