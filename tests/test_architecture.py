@@ -27,6 +27,7 @@ LAYERS = {
     "kernels": 1,
     "card": 1,
     "sites": 2,
+    "checkpoints": 2,
     "quantized_linear": 2,
     "weights": 2,
     "inputs": 2,

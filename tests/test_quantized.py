@@ -142,7 +142,7 @@ def test_adapters_are_not_packed_beneath() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))
     before = copy.deepcopy(model.state_dict())
     for one in (wrapped, model):
-        with pytest.raises(CatsparseError, match="PEFT adapters; quantize it before"):
+        with pytest.raises(CatsparseError, match="PEFT adapters; pack it before"):
             quantize_weights(one, "int8")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -29,6 +29,9 @@ PREFILL_POLICIES = ("masked", "dense")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PREVIEW_BITS = (4, 8)
 WEIGHTS = ("int8", "fp8", "int4")
+# The codes of a checkpoint that is quantized already; what is stored names their format.
+OWN = "own"
+STORED_WEIGHTS = (*WEIGHTS, *(f"{OWN}-{name}" for name in WEIGHTS))
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -47,7 +50,8 @@ class Provenance:
     """Where the calibration statistics came from.
 
     ``dtype`` is the model's, ``weights`` the format that its linear layers were packed in
-    (:func:`catsparse.quantize_weights`), None for floats.
+    (:func:`catsparse.quantize_weights`), with ``own-`` before it for a checkpoint's own codes, None
+    for floats and for weights that another library's layers hold.
     """
 
     data: str
@@ -59,7 +63,7 @@ class Provenance:
 
     def __post_init__(self) -> None:
         if self.weights is not None:
-            check_choice("weights", self.weights, WEIGHTS)
+            check_choice("weights", self.weights, STORED_WEIGHTS)
 
 
 @dataclass(frozen=True)

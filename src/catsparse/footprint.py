@@ -8,7 +8,9 @@ PACKED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / 64}
 
 def weight_bytes(dtype: str, weights: str | None) -> float:
     """Bytes of a weight of a model of this dtype, or packed in the format ``weights``."""
-    return (4 if dtype.endswith("float32") else 2) if weights is None else PACKED_BYTES[weights]
+    if weights is None:
+        return 4 if dtype.endswith("float32") else 2
+    return PACKED_BYTES[weights.removeprefix("own-")]
 
 
 def preview_bytes(hidden: int, bits: int) -> int:

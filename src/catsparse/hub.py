@@ -32,7 +32,7 @@ from .adapters import (
 )
 from .calibration import Calibration
 from .card import model_card
-from .config import CALIBRATION_NAME, CONFIG_NAME, PRODUCT, SiteConfig, SparsityConfig
+from .config import CALIBRATION_NAME, CONFIG_NAME, OWN, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import check_target, move_files
 from .merged_weights import write_weights
@@ -180,7 +180,8 @@ def load(
     if sparse_layers(model):  # the given base was itself a merged directory
         densify(model)
     if config.weight_format is not None and weights_of_model(model) is None:
-        quantize_weights(model, config.weight_format)
+        own = config.weight_format.startswith(OWN)
+        quantize_weights(model, None if own else config.weight_format)
     apply_thresholds(model, config, thresholds, calibration)
     if (adapter := _find(str(directory), ADAPTER_CONFIG)) is not None:
         weights = _find(str(directory), ADAPTER_WEIGHTS)
@@ -205,7 +206,8 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` in evaluation mode; ``default`` is the bundled one.
 
     Raises:
-        CatsparseError: there is no such model, or not in safetensors.
+        CatsparseError: there is no such model, or not in safetensors, or what it needs (the library
+            of a quantized one) is missing.
     """
     from_pretrained_kwargs.setdefault("use_safetensors", True)
     # Said outright, or transformers asks on the terminal whether to run the repository's code.
@@ -213,7 +215,7 @@ def load_dense_model(name: str, **from_pretrained_kwargs: Any) -> Any:
     _check_path(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), **from_pretrained_kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, CatsparseError):
             raise
         raise CatsparseError(

@@ -22,7 +22,7 @@ def write_weights(model: Any, folder: Path, **save_pretrained_kwargs: Any) -> No
     processes are gathered, which every rank must call, and the first one writes.
 
     Raises:
-        CatsparseError: the weights are quantized.
+        CatsparseError: the weights are quantized by another library, or were.
     """
     had_config = getattr(model.config, "quantization_config", None)
     plain = all(type(p) is nn.Parameter or is_spread(p) for p in model.parameters())

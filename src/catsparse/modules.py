@@ -114,7 +114,7 @@ class SparseMLP(Derived):
             if not self.previews(x.numel() // x.shape[-1]):
                 preview = scale = None
         threshold, product = self.limits(preview)
-        return op(
+        y: Tensor = op(
             x,
             *weights[:3],
             threshold,
@@ -126,6 +126,8 @@ class SparseMLP(Derived):
             scale,
             *weights[3:],
         )
+        of_outputs = self.output_scale
+        return y if of_outputs is None else (y.float() * of_outputs).to(y.dtype)
 
     def limits(self, preview: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The op's threshold and product threshold where ``preview``, or without one the exact

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -394,5 +395,6 @@ def _input_device(model: nn.Module) -> torch.device:
 
 
 def _site_device(model: nn.Module, site: Site) -> torch.device:
-    device = next(model.get_submodule(site.name).parameters()).device
+    module = model.get_submodule(site.name)
+    device = next(chain(module.parameters(), module.buffers())).device  # GPTQ has buffers only
     return torch.device("cpu") if device.type == "meta" else device

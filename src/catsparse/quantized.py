@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapters import has_adapters
-from .config import WEIGHTS, check_choice
+from .checkpoints import Codes, is_linear, own_codes, quantized_by, settle
+from .config import OWN, WEIGHTS, check_choice
 from .errors import CatsparseError
 from .inputs import block_of
 from .kernels.preview import GROUP
@@ -27,34 +27,45 @@ from .weights import is_spread, why_no_matrix
 FLOAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def quantize_weights(model: Any, weights: str) -> Any:
+def quantize_weights(model: Any, weights: str | None = None) -> Any:
     """Pack every linear layer that decode reads, in place, and return the model.
 
     These are the linear layers of the gated MLPs' blocks and the output layer; one that is tied to
     the embedding gets a packed copy of its own, and the embedding stays. Calibrate afterwards:
     thresholds belong to the weights that decode reads.
 
+    Of a checkpoint that another library quantized, ``weights=None`` keeps the very codes and scales
+    of each layer whose layout can be read by rows; the other layers stay as they are, a gated MLP
+    as a whole, and :func:`catsparse.explain` says why. Scales that a checkpoint makes of each
+    token's activations are left out: the inputs are not rounded any more. Naming a format rounds
+    such layers' floats once more, which adds an error to that of the checkpoint.
+
     Args:
         model: a dense model with its weights in memory.
         weights: ``int8`` (a scale a row), ``fp8`` (e4m3, a scale a row) or ``int4`` (a scale for 64
-            inputs).
+            inputs); None for the checkpoint's own.
 
     Raises:
-        CatsparseError: the format is unknown, a layer does not fit it, or the model is sparse,
-            spread over processes, wrapped by PEFT, quantized already, or has experts.
+        CatsparseError: the format is unknown, a layer does not fit it, no layer has codes of its
+            own that can be read by rows, or the model is sparse, spread over processes, wrapped by
+            PEFT, packed already, or has experts.
     """
-    check_choice("weights", weights, WEIGHTS)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
     if getattr(model, "catsparse", None) is not None:
         raise CatsparseError("the model is sparse already; quantize it before calibrate")
     if has_adapters(model):
         raise CatsparseError(
-            "the model holds PEFT adapters; quantize it before they are added, or merge them first"
+            "the model holds PEFT adapters; pack it before they are added, or merge them first"
         )
     found = linears_to_quantize(model)
+    if weights is None:
+        return _keep_codes(model, found)
     for name, by_input in found.items():
         layer = model.get_submodule(name)
-        reason = why_no_matrix(shorten(name), layer)
-        if reason is None and is_spread(layer.weight):
+        foreign = quantized_by(layer) is not None
+        reason = None if foreign else why_no_matrix(shorten(name), layer)
+        if reason is None and not foreign and is_spread(layer.weight):
             reason = f"{shorten(name)} is spread over processes"
         if reason is None and weights == "int4":
             size = layer.out_features if by_input else layer.in_features
@@ -66,12 +77,60 @@ def quantize_weights(model: Any, weights: str) -> Any:
         if reason is not None:
             raise CatsparseError(f"the weights cannot be packed in {weights}: {reason}")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    made = {}
+    for name, by_input in found.items():
+        layer = model.get_submodule(name)
+        if quantized_by(layer) is not None:  # before any change, as the library may fail
+            made[name] = QuantizedLinear.of(layer, weights, by_input)
+    if head is not None and getattr(head, "weight", None) is embedding.weight:
         model.config.tie_word_embeddings = False  # the packed head is no copy of the embedding
     for name, by_input in found.items():
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, child, QuantizedLinear.of(getattr(owner, child), weights, by_input))
+        packed = made.get(name) or QuantizedLinear.of(getattr(owner, child), weights, by_input)
+        setattr(owner, child, packed)
+    settle(model)
+    return model
+
+
+def _keep_codes(model: Any, found: dict[str, bool]) -> Any:
+    """:func:`quantize_weights` with a checkpoint's own codes."""
+    codes: dict[str, Codes] = {}
+    reasons: list[str] = []
+    left: set[str] = set()
+    for name in found:
+        layer = model.get_submodule(name)
+        if quantized_by(layer) is None:
+            continue
+        got = own_codes(layer)
+        if isinstance(got, Codes):
+            codes[name] = got
+        else:
+            reasons.append(f"{shorten(name)}, {got}")
+    if not codes and not reasons:
+        raise CatsparseError("no linear layer of the model is quantized; name a format of weights")
+    for site in require_sites(model):
+        names = [f"{site.name}.{n}" for n in (site.gate, site.up, site.down) if n is not None]
+        kinds = {codes[n].weights if n in codes else None for n in names}
+        if len(kinds) > 1 or kinds & {None, "int4"}:
+            # An MLP runs in one path; W_down in 4 bits has its scales along the wrong axis.
+            left.update(names)
+            reasons += [f"{shorten(site.name)}, int4 codes lie by output"] * ("int4" in kinds)
+    codes = {name: c for name, c in codes.items() if name not in left}
+    formats = sorted({c.weights for c in codes.values()})
+    if len(formats) != 1:
+        why = f"they are of several formats ({', '.join(formats)})" if formats else reasons[0]
+        raise CatsparseError(
+            f"the checkpoint's own codes cannot be packed: {why}; leave them, or name a format to "
+            "round again"
+        )
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, own in codes.items():
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = getattr(owner, child)
+        setattr(owner, child, QuantizedLinear.of_codes(layer, own, dtype, found[name]))
+    settle(model)
     return model
 
 
@@ -123,24 +182,31 @@ def linears_to_quantize(model: Any) -> dict[str, bool]:
                 f"{shorten(block)} has expert weights ({experts[0]}), which cannot be packed yet"
             )
         for name, module in inner.named_modules(prefix=block):
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 found[name] = name in downs
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear):
+        if module is head and is_linear(module):
             found[name] = False
     return found
 
 
 def weights_of_model(model: Any) -> str | None:
-    """The format that :func:`quantize_weights` packed a model in; None for one of floats."""
-    kinds = {m.weights for m in model.modules() if isinstance(m, QuantizedLinear)}
+    """The format that :func:`quantize_weights` packed a model in, with ``own-`` before it for a
+    checkpoint's own codes; None for one of floats."""
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    kinds = {f"{OWN}-{m.weights}" if m.own else m.weights for m in packed}
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def weights_name(model: Any) -> str:
     """What rows call a model's weights: a format, or a dtype of floats."""
     return weights_of_model(model) or FLOAT_NAMES.get(model.dtype, str(model.dtype))
+
+
+def as_arguments(weights: str) -> str:
+    """What :func:`quantize_weights` is called with for a stored format."""
+    return "model" if weights.startswith(OWN) else f"model, {weights!r}"
 
 
 def check_weights(model: Any, weights: str | None, preview: int | None) -> None:
@@ -155,7 +221,7 @@ def check_weights(model: Any, weights: str | None, preview: int | None) -> None:
         named = [f"{w} weights" if w else "floats" for w in (weights, here)]
         remedy = "calibrate again"
         if weights:
-            remedy = f"call catsparse.quantize_weights(model, {weights!r})"
+            remedy = f"call catsparse.quantize_weights({as_arguments(weights)})"
         raise CatsparseError(
             f"the thresholds are those of {named[0]}, the model holds {named[1]}; {remedy}"
         )

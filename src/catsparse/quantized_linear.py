@@ -7,11 +7,13 @@ tokens and training make the weights of one layer floats at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import Codes, floats_of, quantized_by
 from .errors import CatsparseError
 from .kernels import FORMATS, MAX_OP_TOKENS, dequantize_weight, packed_linear, quantize
 from .kernels.preview import preview_shapes
@@ -27,10 +29,14 @@ class QuantizedLinear(nn.Linear):
             ``[in, out]`` packed by input, as the gated MLP's kernels want W_down; see
             :mod:`catsparse.kernels.formats`.
         weight_scale: its scales, a buffer.
+        output_scale: fp32 ``[out]``, another factor of each output, a buffer; None for none. It
+            is what a checkpoint's scale by output becomes in a layer that lies by input.
         weights: the format's name.
+        own: whether codes and scales are those that the checkpoint came with.
     """
 
     weight_scale: Tensor
+    output_scale: Tensor | None
     _like: Tensor
 
     def __init__(
@@ -46,7 +52,7 @@ class QuantizedLinear(nn.Linear):
         """An empty one, to be loaded; ``dtype`` is that of its inputs."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.weights, self.by_input = weights, by_input
+        self.weights, self.by_input, self.own = weights, by_input, False
         rows, columns = (in_features, out_features)[:: 1 if by_input else -1]
         shape, scales, of_scales = (rows, columns), (rows,), torch.float32
         if weights == "int4":
@@ -54,6 +60,7 @@ class QuantizedLinear(nn.Linear):
         packed = torch.empty(shape, dtype=FORMATS[weights], device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("weight_scale", torch.empty(scales, dtype=of_scales, device=device))
+        self.register_buffer("output_scale", None)
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_parameter("bias", None)
         if bias:
@@ -62,11 +69,13 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear, weights: str, by_input: bool = False) -> QuantizedLinear:
         """``linear`` in a format of :data:`catsparse.kernels.FORMATS`; its bias is the same one.
+        One that another library quantized is rounded again.
 
         Raises:
             CatsparseError: int4 does not fit the layer.
         """
-        weight = linear.weight.detach()
+        other = quantized_by(linear) is not None
+        weight = floats_of(linear) if other else linear.weight.detach()
         turned = weight.t().contiguous() if by_input else weight
         try:
             packed, scale = quantize(turned, weights)
@@ -79,6 +88,29 @@ class QuantizedLinear(nn.Linear):
         made.weight = nn.Parameter(packed, requires_grad=False)
         made.weight_scale = scale
         made._like = weight.new_empty(0)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @classmethod
+    def of_codes(
+        cls, linear: Any, codes: Codes, dtype: torch.dtype, by_input: bool = False
+    ) -> QuantizedLinear:
+        """A layer of a checkpoint's own ``codes``, int8 or fp8 where ``by_input``.
+
+        By input, each row has the same power of two as its scale, so that sums stay in the range of
+        half precision, and :attr:`output_scale` has what is left: the same weights, bit for bit.
+        """
+        weight, scale = codes.packed, codes.scale
+        sizes = linear.in_features, linear.out_features
+        made = cls(*sizes, codes.weights, by_input, dtype=dtype, device="meta")
+        if by_input:
+            most = torch.frexp(scale.abs().max())[1]
+            unit = torch.ldexp(torch.ones((), device=scale.device), most)
+            made.output_scale = scale / unit
+            weight, scale = weight.t().contiguous(), unit.repeat(weight.shape[1])
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        made.weight_scale, made.own = scale, True
+        made._like = torch.empty(0, dtype=dtype, device=weight.device)
         made.bias = linear.bias
         return made.train(linear.training)
 
@@ -97,17 +129,23 @@ class QuantizedLinear(nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight ``[out, in]`` in floats; ``by_input`` a transposed view."""
-        w = dequantize_weight(self.weight.detach(), self.weight_scale, dtype)
+        scale = self.output_scale
+        first = dtype if scale is None else torch.float32
+        w = dequantize_weight(self.weight.detach(), self.weight_scale, first)
+        if scale is not None:
+            w = (w * (scale if self.by_input else scale[:, None])).to(dtype)
         return w.t() if self.by_input else w
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        packed, scale = self.weight.detach(), self.weight_scale
+        packed, scale, of_outputs = self.weight.detach(), self.weight_scale, self.output_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.dtype != packed.dtype:  # fp8 counts as floats
             self.weight = nn.Parameter(packed.to(self.weight.device), requires_grad=False)
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if of_outputs is not None:
+            self.output_scale = of_outputs.to(self.weight_scale.device)
         return self

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .checkpoints import quantized_by
 from .footprint import PACKED_BYTES
 from .kernels import (
     Backend,
@@ -84,6 +86,12 @@ class Children(nn.Module):
         return child.weight_scale if isinstance(child, QuantizedLinear) else None
 
     @property
+    def output_scale(self) -> Tensor | None:
+        """fp32 ``[H]``, what the op's result is still to be multiplied by; None for nothing."""
+        down = getattr(self, self.site_down)
+        return down.output_scale if isinstance(down, QuantizedLinear) else None
+
+    @property
     def packed(self) -> str | None:
         """The format of the children's weights, adapters aside; None for floats."""
         child = _base_of(getattr(self, self.site_down))
@@ -99,7 +107,8 @@ class Children(nn.Module):
         """Bytes of a weight."""
         if (packed := self.packed) is not None:
             return PACKED_BYTES[packed]
-        return self.weight_of(self.site_down).dtype.itemsize
+        weight = getattr(getattr(self, self.site_down), "weight", None)
+        return 2 if weight is None else weight.dtype.itemsize  # another library's may have none
 
     @property
     def own_neurons(self) -> int:
@@ -174,7 +183,8 @@ class Children(nn.Module):
         return why_not_readable(name, getattr(self, name), dtype)
 
     def make_bias(self, mean: Tensor) -> Tensor:
-        """w_down @ mean, fp32 ``[H]``; w_down must be readable, mean is fp32 ``[I]``."""
+        """w_down @ mean, fp32 ``[H]``, before :attr:`output_scale`; w_down must be readable, mean
+        is fp32 ``[I]``."""
         weight = self.weight_of(self.site_down)
         mean = mean.to(weight.device)
         # By pieces: a whole fp32 copy of w_down would be 235 MB at 7B.
@@ -310,6 +320,8 @@ def why_no_matrix(
 ) -> str | None:
     """Why ``child``, which must be of the class ``plain``, has no weight that is a plain matrix
     here, or with ``spread`` a part of one; None if it has."""
+    if (library := quantized_by(child)) is not None:
+        return f"{name} is quantized by {library}"
     if type(child) is not plain:
         kind = type(child)  # LoRA's linear is called Linear too: say whose it is
         return f"{name} is {kind.__module__.split('.')[0]}'s {kind.__name__}"
@@ -336,9 +348,12 @@ def may_copy(weight: Tensor) -> bool:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes; for offloaded weights the device their hook runs on."""
-    parameter = next(module.parameters())
-    if parameter.device.type != "meta":
-        return parameter.device
+    # A GPTQ or AWQ layer has buffers only.
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    if tensor.device.type != "meta":
+        return tensor.device
     for child in module.modules():
         hook = getattr(child, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)

@@ -13,6 +13,7 @@ from ..config import (
     DEFAULT_METHOD,
     GATE_METHODS,
     METHODS,
+    OWN,
     PREFILL_POLICIES,
     PRODUCT,
     SCOPES,
@@ -100,8 +101,8 @@ def sparsify(
     weights: Annotated[
         str | None,
         typer.Option(
-            help=f"Format to pack the linear layers' weights in, one of {', '.join(WEIGHTS)}; "
-            "calibrated afterwards."
+            help=f"Format to pack the linear layers' weights in, one of {', '.join(WEIGHTS)}, or "
+            f"{OWN}, the codes of a checkpoint that is quantized already; calibrated afterwards."
         ),
     ] = None,
     data: Data = None,
@@ -131,7 +132,7 @@ def sparsify(
     check_choice("scope", scope, SCOPES)
     check_preview(preview)
     if weights is not None:
-        check_choice("weights", weights, WEIGHTS)
+        check_choice("weights", weights, (*WEIGHTS, OWN))
     if weights == "int4" and preview is not None:
         raise CatsparseError("int4 weights are their own preview; leave --preview out")
     check_target(output, merge)
@@ -151,7 +152,7 @@ def sparsify(
     from ..inputs import find_inputs, inputs_needed, select_parts
     from ..observation import calibrate
     from ..probing import GRID, TOKENS, measure_sensitivities, split_windows
-    from ..quantized import quantize_weights
+    from ..quantized import quantize_weights, weights_of_model
     from ..sites import describe, find_sites, require_sites
     from ..surgery import densify, state_of
     from ..surgery import sparsify as sparsify_model
@@ -192,7 +193,7 @@ def sparsify(
             check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
         if weights is not None:
-            quantize_weights(dense, weights)
+            quantize_weights(dense, None if weights == OWN else weights)
     if calibration is None:
         products = preview is not None and method in (None, PRODUCT)
         chosen = method or (PRODUCT if products else DEFAULT_METHOD)
@@ -203,7 +204,7 @@ def sparsify(
             parts = select_parts(
                 {s.name: s for s in sites}, {s.name: s for s in shared}, chosen, scope
             )
-            read = Read(preview, products, weight_bytes(str(dense.dtype), weights))
+            read = Read(preview, products, weight_bytes(str(dense.dtype), weights_of_model(dense)))
             check_reachable(parts, read, bytes_skipped, GRID[-1] if probing else 1.0)
         more = max(1, TOKENS // seq_len) * seq_len if probing else 0
         windows, data_name = token_windows(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import quantized_by
 from ..kernels import ACTIVATIONS, FORMATS, MAX_OP_TOKENS, Backend
 from ..kernels.attention import why_not_attention
 from ..kernels.cuda import why_not_cuda, why_not_sizes
@@ -221,6 +222,8 @@ def _mlp(layer: nn.Module, dtype: torch.dtype) -> Mlp:
         found = sparse.raw_weights(dtype)
         if found is None:
             raise NotPlain(f"an MLP's {sparse.why_not_raw(dtype)}")
+        if sparse.output_scale is not None:
+            raise NotPlain("an MLP's down projection has the checkpoint's scales by output")
         weights = found
         choice = sparse.choose_backend(sparse.catsparse_backend, sparse.catsparse_down_copy)
         runs = sparse.catsparse_enabled or not sparse.catsparse_down_copy
@@ -317,6 +320,8 @@ def _linear(parent: nn.Module, name: str, by_input: bool = False) -> Matrix:
 
 
 def _matrix(child: Any, name: str, by_input: bool = False) -> Matrix:
+    if (library := quantized_by(child)) is not None:  # a plain module may hold codes, or round
+        raise NotPlain(f"its {name} is quantized by {library}")
     plain = type(child) in (nn.Linear, SparseLinear, QuantizedLinear)
     if not plain or type(child.weight) is not nn.Parameter:
         raise NotPlain(f"its {name} is a {type(child).__name__}")
@@ -324,6 +329,8 @@ def _matrix(child: Any, name: str, by_input: bool = False) -> Matrix:
         return Matrix(child.weight, child.bias)
     if child.by_input is not by_input:
         raise NotPlain(f"its {name} is packed by the other axis")
+    if child.output_scale is not None:
+        raise NotPlain(f"its {name} has the checkpoint's scales by output")
     return Matrix(child.weight, child.bias, child.weight_scale)
 
 

@@ -110,11 +110,36 @@ def _quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scale, q = torch.where(better, tried, scale), torch.where(better, rounded, q)
     n = (q + least).to(torch.uint8)
     if bits == 4:
-        low, high = n.view(neurons, groups, 2, GROUP // 2).unbind(2)
-        n = low | high << 4
-    width = preview_shapes(neurons, hidden, bits)[1][1]
-    scale = torch.nn.functional.pad(scale[..., 0].to(torch.bfloat16), (0, width - groups))
-    return n.view(neurons, -1), scale
+        n = _halves(n)
+    return n.view(neurons, -1), _padded(scale[..., 0].to(torch.bfloat16), hidden)
+
+
+def _halves(n: Tensor) -> Tensor:
+    """Numbers below 16, ``[rows, groups, GROUP]``, two to a byte."""
+    low, high = n.view(*n.shape[:2], 2, GROUP // 2).unbind(2)
+    return low | high << 4
+
+
+def _padded(scale: Tensor, hidden: int) -> Tensor:
+    """Scales of so many inputs in whole pieces."""
+    rows, groups = scale.shape
+    return torch.nn.functional.pad(scale, (0, preview_shapes(rows, hidden, 4)[1][1] - groups))
+
+
+@torch.no_grad()
+def pack_int4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack numbers that are rounded already as :func:`make_preview` lays 4 bits out.
+
+    Args:
+        codes: int8 ``[R, C]``, from -8 to 7; C is a multiple of 64.
+        scale: bf16 ``[R, C / 64]``.
+
+    Returns:
+        The packed codes, uint8 ``[R, C / 2]``, and their scales, bf16; see :func:`preview_shapes`.
+    """
+    rows, hidden = codes.shape
+    n = (codes + 8).to(torch.uint8).view(rows, -1, GROUP)
+    return _swap_runs(_halves(n).view(rows, -1)), _padded(scale, hidden)
 
 
 def _round_up(values: Tensor, significant: int) -> Tensor:
