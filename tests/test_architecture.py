@@ -44,6 +44,7 @@ LAYERS = {
     "sensitivities": 2,
     "calibration": 3,
     "batches": 3,
+    "gptq": 3,
     "quantized": 3,
     "watching": 3,
     "observation": 3,

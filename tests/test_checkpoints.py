@@ -22,8 +22,8 @@ from catsparse.checkpoints import floats_of, own_codes, quantized_by
 from catsparse.decoding import structure
 from catsparse.kernels.preview import dequantize, pack_int4
 from catsparse.modules import sparse_modules
-from catsparse.quantized import quantize_weights, weights_of_model
-from catsparse.quantized_linear import QuantizedLinear
+from catsparse.quantized import quantize_weights
+from catsparse.quantized_linear import QuantizedLinear, weights_of_model
 from command import run
 
 # The words are those of the bundled tokenizer.

@@ -20,7 +20,8 @@ from catsparse.config import WEIGHTS
 from catsparse.footprint import PACKED_BYTES
 from catsparse.kernels import FORMATS, quantize, stream
 from catsparse.modules import sparse_modules
-from catsparse.quantized import QuantizedLinear, quantize_weights, weights_of_model
+from catsparse.quantized import quantize_weights
+from catsparse.quantized_linear import QuantizedLinear, weights_of_model
 from command import run
 
 WIDE = tiny.SMALL | {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}

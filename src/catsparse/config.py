@@ -31,7 +31,10 @@ PREVIEW_BITS = (4, 8)
 WEIGHTS = ("int8", "fp8", "int4")
 # The codes of a checkpoint that is quantized already; what is stored names their format.
 OWN = "own"
-STORED_WEIGHTS = (*WEIGHTS, *(f"{OWN}-{name}" for name in WEIGHTS))
+GPTQ = "gptq"  # codes rounded with data
+ROUNDINGS = ("nearest", GPTQ)
+ROUNDING_TOKENS = 32_768
+STORED_WEIGHTS = (*WEIGHTS, *(f"{source}-{name}" for source in (OWN, GPTQ) for name in WEIGHTS))
 # A thousand sites take about 200 kB; anything near this limit is not one of our files.
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -50,8 +53,9 @@ class Provenance:
     """Where the calibration statistics came from.
 
     ``dtype`` is the model's, ``weights`` the format that its linear layers were packed in
-    (:func:`catsparse.quantize_weights`), with ``own-`` before it for a checkpoint's own codes, None
-    for floats and for weights that another library's layers hold.
+    (:func:`catsparse.quantize_weights`), with ``own-`` before it for a checkpoint's own codes and
+    ``gptq-`` for codes rounded with data, None for floats and for weights that another library's
+    layers hold.
     """
 
     data: str

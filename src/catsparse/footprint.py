@@ -10,7 +10,7 @@ def weight_bytes(dtype: str, weights: str | None) -> float:
     """Bytes of a weight of a model of this dtype, or packed in the format ``weights``."""
     if weights is None:
         return 4 if dtype.endswith("float32") else 2
-    return PACKED_BYTES[weights.removeprefix("own-")]
+    return PACKED_BYTES[weights.split("-")[-1]]
 
 
 def preview_bytes(hidden: int, bits: int) -> int:

@@ -32,14 +32,15 @@ from .adapters import (
 )
 from .calibration import Calibration
 from .card import model_card
-from .config import CALIBRATION_NAME, CONFIG_NAME, OWN, PRODUCT, SiteConfig, SparsityConfig
+from .config import CALIBRATION_NAME, CONFIG_NAME, GPTQ, PRODUCT, SiteConfig, SparsityConfig
 from .errors import CatsparseError
 from .files import check_target, move_files
 from .merged_weights import write_weights
 from .methods import SiteThreshold
 from .modules import sparse_modules
 from .previews_file import PREVIEWS_NAME, StoredPreviews, write_previews
-from .quantized import quantize_weights, weights_of_model
+from .quantized import quantize_again
+from .quantized_linear import weights_of_model
 from .strict_json import first_sentence, shorten
 from .surgery import apply_thresholds, densify, sparse_layers, state_of, state_owner
 from .thresholds_file import read_threshold
@@ -99,6 +100,8 @@ def save_files(
         raise CatsparseError(
             "the model holds PEFT adapters that are not merged; call model.merge_and_unload() first"
         )
+    if not merge and (state.config.weight_format or "").startswith(GPTQ):
+        raise CatsparseError("weights rounded with data are kept as they are; save with merge=True")
     config = replace(state.config, base_model=_portable_base(state.config, merge))
     check_target(target, merge)
     tensors = {} if state.calibration is None else state.calibration.tensors()
@@ -180,8 +183,7 @@ def load(
     if sparse_layers(model):  # the given base was itself a merged directory
         densify(model)
     if config.weight_format is not None and weights_of_model(model) is None:
-        own = config.weight_format.startswith(OWN)
-        quantize_weights(model, None if own else config.weight_format)
+        quantize_again(model, config.weight_format)
     apply_thresholds(model, config, thresholds, calibration)
     if (adapter := _find(str(directory), ADAPTER_CONFIG)) is not None:
         weights = _find(str(directory), ADAPTER_WEIGHTS)

@@ -37,7 +37,7 @@ from .files import write_atomic
 from .inputs import InputSite, find_inputs, weight_norm
 from .kernels import ACTIVATIONS, keep_mask
 from .products import ProductStatistics
-from .quantized import weights_of_model
+from .quantized_linear import weights_of_model
 from .shards import shards_of
 from .sites import Site, require_sites
 from .statistics import InputStatistics, Magnitudes, SiteStatistics

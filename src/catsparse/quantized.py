@@ -1,7 +1,7 @@
 """``quantize_weights``: pack the linear layers of a model that decode reads.
 
-Round to nearest: the same model gives the same bits, so that an artifact needs to say the format
-only.
+Rounded to nearest the same model gives the same bits, so that an artifact needs to say the format
+only; rounded with data (:mod:`.gptq`) they are saved with it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from .adapters import has_adapters
+from .batches import Data, as_batches
 from .checkpoints import Codes, is_linear, own_codes, quantized_by, settle
-from .config import OWN, WEIGHTS, check_choice
+from .config import GPTQ, OWN, ROUNDING_TOKENS, WEIGHTS, check_choice
 from .errors import CatsparseError
+from .gptq import round_model
 from .inputs import block_of
 from .kernels.preview import GROUP
-from .quantized_linear import QuantizedLinear
+from .quantized_linear import QuantizedLinear, weights_of_model
 from .sites import require_sites
 from .strict_json import shorten
 from .weights import is_spread, why_no_matrix
 
-# What rows call weights that are not packed.
-FLOAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-
-def quantize_weights(model: Any, weights: str | None = None) -> Any:
+def quantize_weights(
+    model: Any,
+    weights: str | None = None,
+    data: Data | None = None,
+    tokenizer: Any = None,
+    *,
+    tokens: int = ROUNDING_TOKENS,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
     """Pack every linear layer that decode reads, in place, and return the model.
 
     These are the linear layers of the gated MLPs' blocks and the output layer; one that is tied to
@@ -40,15 +48,22 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
     token's activations are left out: the inputs are not rounded any more. Naming a format rounds
     such layers' floats once more, which adds an error to that of the checkpoint.
 
+    With ``data`` the weights are rounded by GPTQ, each block seeing what the packed ones before it
+    make; such a model is saved with ``merge=True`` only. Its floats are kept until the end.
+
     Args:
         model: a dense model with its weights in memory.
         weights: ``int8`` (a scale a row), ``fp8`` (e4m3, a scale a row) or ``int4`` (a scale for 64
             inputs); None for the checkpoint's own.
+        data, tokenizer, tokens, seq_len, batch_size, seed: text to round with, as for
+            :func:`catsparse.calibrate`; None for round to nearest.
+        progress: show a progress bar on stderr, with ``data``.
 
     Raises:
         CatsparseError: the format is unknown, a layer does not fit it, no layer has codes of its
             own that can be read by rows, or the model is sparse, spread over processes, wrapped by
-            PEFT, packed already, or has experts.
+            PEFT, packed already, or has experts; or ``data`` is no text, does not reach a layer, or
+            is given for a checkpoint that is quantized already.
     """
     if weights is not None:
         check_choice("weights", weights, WEIGHTS)
@@ -59,8 +74,15 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
             "the model holds PEFT adapters; pack it before they are added, or merge them first"
         )
     found = linears_to_quantize(model)
-    if weights is None:
+    if weights is None and data is None:
         return _keep_codes(model, found)
+    if data is not None and (
+        weights is None or any(quantized_by(model.get_submodule(name)) for name in found)
+    ):
+        raise CatsparseError(
+            "weights are rounded with data from floats, to a format; leave data out"
+        )
+    assert weights is not None
     for name, by_input in found.items():
         layer = model.get_submodule(name)
         foreign = quantized_by(layer) is not None
@@ -77,6 +99,7 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
         if reason is not None:
             raise CatsparseError(f"the weights cannot be packed in {weights}: {reason}")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied_before = model.config.tie_word_embeddings
     made = {}
     for name, by_input in found.items():
         layer = model.get_submodule(name)
@@ -84,6 +107,15 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
             made[name] = QuantizedLinear.of(layer, weights, by_input)
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         model.config.tie_word_embeddings = False  # the packed head is no copy of the embedding
+    if data is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        settings = (tokenizer, tokens, seq_len, batch_size, seed, "rounding", dtype, None)
+        try:
+            round_model(model, found, weights, as_batches(data, *settings)[0], progress)
+        except BaseException:
+            model.config.tie_word_embeddings = tied_before
+            raise
+        return model
     for name, by_input in found.items():
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
@@ -91,6 +123,22 @@ def quantize_weights(model: Any, weights: str | None = None) -> Any:
         setattr(owner, child, packed)
     settle(model)
     return model
+
+
+def quantize_again(model: Any, stored: str) -> None:
+    """Pack a base model as an artifact of it says: a value of ``config.STORED_WEIGHTS``.
+
+    Raises:
+        CatsparseError: what :func:`quantize_weights` refuses, or weights that were rounded with
+            data.
+    """
+    source, _, weights = stored.rpartition("-")
+    if source == GPTQ:
+        raise CatsparseError(
+            "the thresholds belong to weights that were rounded with data, which only a merged "
+            "folder holds; load that"
+        )
+    quantize_weights(model, None if source == OWN else weights)
 
 
 def _keep_codes(model: Any, found: dict[str, bool]) -> Any:
@@ -156,13 +204,16 @@ def quantized(model: Any, weights: str | None) -> Iterator[None]:
 def prepare_to_load(model: Any, weights: str) -> None:
     """Put empty packed layers in place of those that :func:`quantize_weights` packs, before a
     checkpoint of them is loaded."""
+    source, _, weights = weights.rpartition("-")
     for name, by_input in linears_to_quantize(model).items():
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         old = getattr(owner, child)
         sizes, biased = (old.in_features, old.out_features), old.bias is not None
         like = {"dtype": old.weight.dtype, "device": old.weight.device}
-        setattr(owner, child, QuantizedLinear(*sizes, weights, by_input, biased, **like))
+        empty = QuantizedLinear(*sizes, weights, by_input, biased, **like)
+        empty.source = source or None
+        setattr(owner, child, empty)
 
 
 def linears_to_quantize(model: Any) -> dict[str, bool]:
@@ -191,22 +242,12 @@ def linears_to_quantize(model: Any) -> dict[str, bool]:
     return found
 
 
-def weights_of_model(model: Any) -> str | None:
-    """The format that :func:`quantize_weights` packed a model in, with ``own-`` before it for a
-    checkpoint's own codes; None for one of floats."""
-    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    kinds = {f"{OWN}-{m.weights}" if m.own else m.weights for m in packed}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def weights_name(model: Any) -> str:
-    """What rows call a model's weights: a format, or a dtype of floats."""
-    return weights_of_model(model) or FLOAT_NAMES.get(model.dtype, str(model.dtype))
-
-
 def as_arguments(weights: str) -> str:
     """What :func:`quantize_weights` is called with for a stored format."""
-    return "model" if weights.startswith(OWN) else f"model, {weights!r}"
+    if weights.startswith(OWN):
+        return "model"
+    source, _, weights = weights.rpartition("-")
+    return f"model, {weights!r}" + ", data" * (source == GPTQ)
 
 
 def check_weights(model: Any, weights: str | None, preview: int | None) -> None:
@@ -225,7 +266,7 @@ def check_weights(model: Any, weights: str | None, preview: int | None) -> None:
         raise CatsparseError(
             f"the thresholds are those of {named[0]}, the model holds {named[1]}; {remedy}"
         )
-    if here == "int4" and preview is not None:
+    if here is not None and here.endswith("int4") and preview is not None:
         raise CatsparseError(
             "int4 weights are their own preview; calibrate without preview and take a method of "
             "the gate"

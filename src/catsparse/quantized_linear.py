@@ -14,9 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints import Codes, floats_of, quantized_by
+from .config import GPTQ, OWN
 from .errors import CatsparseError
 from .kernels import FORMATS, MAX_OP_TOKENS, dequantize_weight, packed_linear, quantize
 from .kernels.preview import preview_shapes
+
+# What rows call weights that are not packed.
+FLOAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class QuantizedLinear(nn.Linear):
@@ -32,7 +36,8 @@ class QuantizedLinear(nn.Linear):
         output_scale: fp32 ``[out]``, another factor of each output, a buffer; None for none. It
             is what a checkpoint's scale by output becomes in a layer that lies by input.
         weights: the format's name.
-        own: whether codes and scales are those that the checkpoint came with.
+        source: ``own`` if codes and scales are those that the checkpoint came with, ``gptq`` if
+            they were rounded with data; None for round to nearest.
     """
 
     weight_scale: Tensor
@@ -52,7 +57,8 @@ class QuantizedLinear(nn.Linear):
         """An empty one, to be loaded; ``dtype`` is that of its inputs."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.weights, self.by_input, self.own = weights, by_input, False
+        self.weights, self.by_input = weights, by_input
+        self.source: str | None = None
         rows, columns = (in_features, out_features)[:: 1 if by_input else -1]
         shape, scales, of_scales = (rows, columns), (rows,), torch.float32
         if weights == "int4":
@@ -83,11 +89,32 @@ class QuantizedLinear(nn.Linear):
             raise CatsparseError(
                 f"a layer of {tuple(weight.shape)} has {error}; take int8"
             ) from error
+        return cls._of_packed(linear, weights, packed, scale, by_input, weight)
+
+    @classmethod
+    def of_rounded(
+        cls, linear: nn.Linear, weights: str, packed: Tensor, scale: Tensor, by_input: bool
+    ) -> QuantizedLinear:
+        """``linear`` with a weight that was rounded with data; see :mod:`catsparse.gptq`."""
+        made = cls._of_packed(linear, weights, packed, scale, by_input, linear.weight)
+        made.source = GPTQ
+        return made
+
+    @classmethod
+    def _of_packed(
+        cls,
+        linear: nn.Linear,
+        weights: str,
+        packed: Tensor,
+        scale: Tensor,
+        by_input: bool,
+        like: Tensor,
+    ) -> QuantizedLinear:
         sizes = linear.in_features, linear.out_features
-        made = cls(*sizes, weights, by_input, dtype=weight.dtype, device="meta")
+        made = cls(*sizes, weights, by_input, dtype=like.dtype, device="meta")
         made.weight = nn.Parameter(packed, requires_grad=False)
         made.weight_scale = scale
-        made._like = weight.new_empty(0)
+        made._like = like.detach().new_empty(0)
         made.bias = linear.bias
         return made.train(linear.training)
 
@@ -109,7 +136,7 @@ class QuantizedLinear(nn.Linear):
             made.output_scale = scale / unit
             weight, scale = weight.t().contiguous(), unit.repeat(weight.shape[1])
         made.weight = nn.Parameter(weight, requires_grad=False)
-        made.weight_scale, made.own = scale, True
+        made.weight_scale, made.source = scale, OWN
         made._like = torch.empty(0, dtype=dtype, device=weight.device)
         made.bias = linear.bias
         return made.train(linear.training)
@@ -149,3 +176,16 @@ class QuantizedLinear(nn.Linear):
         if of_outputs is not None:
             self.output_scale = of_outputs.to(self.weight_scale.device)
         return self
+
+
+def weights_of_model(model: Any) -> str | None:
+    """The format that :func:`catsparse.quantize_weights` packed a model in, with ``own-`` before it
+    for a checkpoint's own codes and ``gptq-`` for codes rounded with data; None for floats."""
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    kinds = {m.weights if m.source is None else f"{m.source}-{m.weights}" for m in packed}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def weights_name(model: Any) -> str:
+    """What rows call a model's weights: a format, or a dtype of floats."""
+    return weights_of_model(model) or FLOAT_NAMES.get(model.dtype, str(model.dtype))

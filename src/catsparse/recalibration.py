@@ -23,7 +23,7 @@ from .errors import CatsparseError
 from .methods import SiteThreshold
 from .modules import SparseMLP, sparse_modules
 from .observation import Run, evaluating
-from .quantized import weights_of_model
+from .quantized_linear import weights_of_model
 from .shards import Sharded
 from .sites import Site
 from .surgery import SparseState, measured, state_of, state_owner, threshold_every_token

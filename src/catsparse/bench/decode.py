@@ -25,8 +25,7 @@ from ..footprint import bytes_skipped
 from ..linears import sparse_linears
 from ..methods import SiteThreshold
 from ..modules import SparseMLP, sparse_modules
-from ..quantized import weights_name
-from ..quantized_linear import QuantizedLinear
+from ..quantized_linear import QuantizedLinear, weights_name
 from ..surgery import run_dense, set_backend, sparse_layers, state_of
 from .checks import WARM_TOKENS, check, kept, options_for
 from .rows import Probe, Row, commit, device_name, quantiles, versions

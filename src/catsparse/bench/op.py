@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels import FORMATS
-from ..quantized import FLOAT_NAMES
+from ..quantized_linear import FLOAT_NAMES
 from .gpu import capture, gpu_seconds
 from .peers import Peer
 from .rows import Probe, Row, commit, device_name, quantiles, seconds, versions

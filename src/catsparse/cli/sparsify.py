@@ -12,10 +12,13 @@ from ..config import (
     CONFIG_NAME,
     DEFAULT_METHOD,
     GATE_METHODS,
+    GPTQ,
     METHODS,
     OWN,
     PREFILL_POLICIES,
     PRODUCT,
+    ROUNDING_TOKENS,
+    ROUNDINGS,
     SCOPES,
     WEIGHTS,
     check_choice,
@@ -113,6 +116,13 @@ def sparsify(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help=f"Of --weights: nearest, or gptq, with up to {ROUNDING_TOKENS:,} tokens of the "
+            "text; then also --merge."
+        ),
+    ] = "nearest",
     merge: Annotated[bool, typer.Option("--merge", help="Write the weights as well.")] = False,
     store_preview: Annotated[
         bool, typer.Option("--store-preview", help="With --merge: write the preview as well.")
@@ -133,6 +143,12 @@ def sparsify(
     check_preview(preview)
     if weights is not None:
         check_choice("weights", weights, (*WEIGHTS, OWN))
+    check_choice("rounding", rounding, ROUNDINGS)
+    if rounding == GPTQ and (weights in (None, OWN) or not merge):
+        raise CatsparseError(
+            "--rounding gptq is of floats to a format, and kept with the weights; give --weights "
+            "and --merge as well"
+        )
     if weights == "int4" and preview is not None:
         raise CatsparseError("int4 weights are their own preview; leave --preview out")
     check_target(output, merge)
@@ -152,7 +168,8 @@ def sparsify(
     from ..inputs import find_inputs, inputs_needed, select_parts
     from ..observation import calibrate
     from ..probing import GRID, TOKENS, measure_sensitivities, split_windows
-    from ..quantized import quantize_weights, weights_of_model
+    from ..quantized import quantize_weights
+    from ..quantized_linear import weights_of_model
     from ..sites import describe, find_sites, require_sites
     from ..surgery import densify, state_of
     from ..surgery import sparsify as sparsify_model
@@ -162,7 +179,7 @@ def sparsify(
     if hub.is_artifact(model):
         refuse_options(
             context,
-            ("data", "column", "tokens", "seq_len", "batch_size", "seed", "weights"),
+            ("data", "column", "tokens", "seq_len", "batch_size", "seed", "weights", "rounding"),
             f"{model} brings its own calibration; name the dense model to calibrate again",
         )
         sparse, tokenizer = load(model, device, dtype, merge_adapter=merge)
@@ -192,7 +209,11 @@ def sparsify(
         if method is not None:
             check_method(method, preview, down_sparsity)
         dense, tokenizer = load_dense(model, device, dtype)
-        if weights is not None:
+        if rounding == GPTQ:
+            size = min(tokens, ROUNDING_TOKENS)
+            text = token_windows(data, "calibration", tokenizer, size, seq_len, seed, column)[0]
+            quantize_weights(dense, weights, text, batch_size=batch_size)
+        elif weights is not None:
             quantize_weights(dense, None if weights == OWN else weights)
     if calibration is None:
         products = preview is not None and method in (None, PRODUCT)

@@ -28,7 +28,8 @@ from ..inputs import inputs_needed
 from ..judge import progress_bar, while_it_fits
 from ..observation import calibrate
 from ..probing import TOKENS, measure_sensitivities, split_windows
-from ..quantized import quantized, weights_name
+from ..quantized import quantized
+from ..quantized_linear import weights_name
 from ..rows import add_row, key_of, model_name, tokens_digest, weights_digest
 from ..sensitivities import Sensitivities
 from ..surgery import densify, sparsify

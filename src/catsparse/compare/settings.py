@@ -24,7 +24,7 @@ from ..errors import CatsparseError
 from ..footprint import weight_bytes
 from ..inputs import find_inputs, inputs_needed, select_parts
 from ..probing import GRID
-from ..quantized import weights_of_model
+from ..quantized_linear import weights_of_model
 from ..sites import require_sites
 
 # The method of a setting that drops nothing: what packed weights cost by themselves.

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from ..observation import evaluating
-from ..quantized import weights_name
+from ..quantized_linear import weights_name
 from ..rows import add_row
 from ..tasks import Task, score_task
 from ..tasks.rows import paired

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..footprint import weight_bytes
-from ..quantized import linears_to_quantize, weights_of_model
+from ..quantized import linears_to_quantize
+from ..quantized_linear import weights_of_model
 from ..sites import require_sites
 
 

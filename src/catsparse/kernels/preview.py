@@ -95,7 +95,15 @@ def _quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     neurons, hidden = rows.shape
     groups = groups_of(hidden)
     padded = torch.nn.functional.pad(rows.float(), (0, groups * GROUP - hidden))
-    w = padded.view(neurons, groups, GROUP)
+    q, scale = _nearest(padded.view(neurons, groups, GROUP), bits)
+    n = (q + 2 ** (bits - 1)).to(torch.uint8)
+    if bits == 4:
+        n = _halves(n)
+    return n.view(neurons, -1), _padded(scale[..., 0].to(torch.bfloat16), hidden)
+
+
+def _nearest(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of groups ``[R, groups, GROUP]``, and the scale of each that misses least."""
     least = 2 ** (bits - 1)
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)) / -least
     scale, q = extreme, w
@@ -108,10 +116,21 @@ def _quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         better = torch.ones_like(missed, dtype=torch.bool) if error is None else missed < error
         error = missed if error is None else torch.where(better, missed, error)
         scale, q = torch.where(better, tried, scale), torch.where(better, rounded, q)
-    n = (q + least).to(torch.uint8)
-    if bits == 4:
-        n = _halves(n)
-    return n.view(neurons, -1), _padded(scale[..., 0].to(torch.bfloat16), hidden)
+    return q, scale
+
+
+@torch.no_grad()
+def round_groups(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of 64 to nearest in 4 bits, as :func:`make_preview` does.
+
+    Args:
+        rows: ``[R, C]`` of any float dtype; C is a multiple of 64.
+
+    Returns:
+        Codes from -8 to 7, fp32 ``[R, C]``, and their scales, bf16 ``[R, C / 64]``.
+    """
+    q, scale = _nearest(rows.detach().float().view(len(rows), -1, GROUP), 4)
+    return q.view_as(rows), scale[..., 0].to(torch.bfloat16)
 
 
 def _halves(n: Tensor) -> Tensor:
