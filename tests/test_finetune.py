@@ -35,7 +35,7 @@ from catsparse.finetune.trainer import SparseTrainer, divergence, last_checkpoin
 from catsparse.meter import achieved_sparsity
 from catsparse.modules import sparse_modules
 from catsparse.sites import find_sites
-from catsparse.surgery import run_dense
+from catsparse.surgery import run_dense, state_owner
 from test_hub import one_line
 
 DATA = tiny.tokens(32, 24, seed=21)
@@ -198,6 +198,29 @@ def test_full_fine_tuning(base: Path, tmp_path: Path) -> None:
     moved = hub.load_dense_model(str(base))
     for name, p in loaded.named_parameters():
         assert not torch.equal(p.float(), moved.get_parameter(name).to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_packed_weights_take_an_adapter_and_nothing_else(
+    base: Path, tmp_path: Path, weights: str
+) -> None:
+    model = hub.load_dense_model(str(base), dtype="float32")
+    catsparse.quantize_weights(model, weights)
+    calibration = catsparse.calibrate(model, DATA, progress=False)
+    catsparse.sparsify(model, calibration, 0.5)
+    frozen = {n: p.clone() for n, p in model.named_parameters()}
+    for more in ({"merge": True}, {"options": replace(QUICK, full=True)}):
+        with pytest.raises(CatsparseError, match=f"packed in {weights} cannot be trained"):
+            tune(model, tmp_path / "no", **more)
+    assert not (tmp_path / "no").exists()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters())
+    result = tune(model, tmp_path / "yes", replace(QUICK, steps=12), examples=SAME)
+    assert losses(result.rows)[-1] < losses(result.rows)[0]
+    loaded = catsparse.load(tmp_path / "yes")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(state_owner(result.model)))
+    weight = loaded.model.layers[0].mlp.down_proj
+    weight = getattr(weight, "base_layer", weight).weight
+    assert torch.equal(weight, frozen["model.layers.0.mlp.down_proj.weight"])
 
 
 # -- losses

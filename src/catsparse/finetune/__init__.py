@@ -19,6 +19,7 @@ from ..config import SparsityConfig
 from ..errors import CatsparseError
 from ..files import check_target
 from ..modules import sparse_modules
+from ..quantized_linear import weights_of_model
 from ..recalibration import (
     hold_thresholds,
     recalibrate,
@@ -114,7 +115,8 @@ def finetune(
 
     Raises:
         CatsparseError: PEFT or accelerate are missing, the model is dense, holds adapters or drops
-            inputs of linear layers, a sequence is longer than its context, or the loss is not
+            inputs of linear layers, its weights are packed and to be trained or merged into, a
+            sequence is longer than its context, or the loss is not
             finite.
     """
     require_packages()
@@ -124,6 +126,11 @@ def finetune(
             "the model holds a PEFT adapter already; load it with merge_adapter=True first"
         )
     refuse_inputs(state.config)
+    if (merge or options.full) and (packed := weights_of_model(model)) is not None:
+        raise CatsparseError(
+            f"weights packed in {packed} cannot be trained or merged into; train an adapter beside "
+            "them, without full and merge"
+        )
     check_target(output, merge or options.full)
     for texts in (examples, *([] if heldout is None else [heldout])):
         check_context(model, texts)
