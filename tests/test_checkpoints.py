@@ -625,6 +625,10 @@ def test_the_command(
         return
     assert code == 0
     assert json.loads(told)["weights"] == (KINDS[kind][2] if weights == "own" else weights)
+    masked = json.loads(told)["masked"]
+    assert bool(masked) or weights is not None
+    assert all("quantized by" in why for why in masked.values())
+    assert not masked or weights in (None, "own")
     assert run(capsys, "evaluate", tmp_path / "out", "--tokens", 512, "--json")[0] == 0
     merge = (*arguments[:2], "-o", tmp_path / "merged", "--merge", "--tokens", 512, *more)
     code, _, said = run(capsys, *merge)

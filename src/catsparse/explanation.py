@@ -70,6 +70,13 @@ def model_paths(model: nn.Module) -> dict[str, DecodePath]:
     return paths | {name: _linear_path(layer) for name, layer in sparse_linears(model).items()}
 
 
+def masked_layers(model: nn.Module) -> dict[str, str]:
+    """The gated MLPs of ``model`` whose children are called, so that a mask saves no bytes, and
+    why: layers of another library, say."""
+    sparse = sparse_modules(model)
+    return {name: why for name, m in sparse.items() if (why := m.why_not_raw()) is not None}
+
+
 def decode_paths(config: SparsityConfig | None = None) -> dict[str, str]:
     """How ``auto`` decodes on this machine's default device, and why, by dtype of the weights.
 

@@ -164,6 +164,7 @@ def sparsify(
         check_down_sparsity(down_sparsity, sparsity)
     from .. import hub
     from ..calibration import Calibration, GateDecision
+    from ..explanation import masked_layers
     from ..footprint import weight_bytes
     from ..inputs import find_inputs, inputs_needed, select_parts
     from ..observation import calibrate
@@ -277,7 +278,7 @@ def sparsify(
     hub.save(sparse, output, merge, store_preview)
     if merge:
         tokenizer.save_pretrained(output)
-    config = sparse.catsparse.config
+    config, masked = sparse.catsparse.config, masked_layers(sparse)
     result = {
         "output": str(output),
         "method": config.method,
@@ -295,6 +296,7 @@ def sparsify(
         "calibration_tokens": calibration.provenance.tokens,
         "calibration_data": calibration.provenance.data,
         "left_dense": left_dense,
+        "masked": masked,
     }
     if json:
         print_json(result)
@@ -319,4 +321,12 @@ def sparsify(
         f"{config.bytes_skipped:.1%} of {config.weights} weight bytes skipped in decode "
         f"({calibration.provenance.tokens:,} tokens of {calibration.provenance.data})"
     )
+    if masked:
+        why = next(iter(masked.values()))
+        err.print(
+            f"{len(masked)} of them only masked, which skips nothing: {why}; --weights packs them",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     out.print(f"next: catsparse evaluate {output}")
