@@ -94,9 +94,7 @@ def _spread(hessian: Tensor, w: Tensor) -> Tensor:
         raise CatsparseError(
             "a weight or an activation is not finite; load the model in bf16 or fp32"
         )
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean
+    mean = float(h.diagonal().mean()) or 1.0
     for damping in _DAMPING:
         damped = h.clone()
         damped.diagonal().add_(damping * mean)
