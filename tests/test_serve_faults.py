@@ -169,7 +169,7 @@ def test_the_command_answers_soon_and_ends_orderly(process: Any) -> None:
         stream = client.chat.completions.create(
             model="default",
             messages=[{"role": "user", "content": PROMPT}],
-            max_tokens=300,
+            max_tokens=150,
             temperature=0,
             stream=True,
         )
@@ -178,7 +178,7 @@ def test_the_command_answers_soon_and_ends_orderly(process: Any) -> None:
         running.send_signal(signal.SIGTERM)
         chunks = [chunk.choices[0] for chunk in stream]
     assert chunks[-1].finish_reason is not None
-    assert len(chunks) > 100
+    assert len(chunks) > 50
     assert running.wait(20) == 0
     out, err = running.communicate()
     assert out == ""
