@@ -99,7 +99,7 @@ def test_answers_of_a_worker_that_hangs_fail(batching: bool) -> None:
         assert running.metric("worker_stalled") == 0
         assert running.metric("worker_stalls_total") == 1
         assert running.metric("worker_restarts_total") == 0
-        assert running.metric("requests_in_flight") == 0
+        wait_for(lambda: running.metric("requests_in_flight") == 0)
         assert [n for n in running.notes if "has written nothing for 1.5 s" in n]
         assert [n for n in running.notes if "goes on" in n]
 
