@@ -174,7 +174,9 @@ def test_rows_of_before_there_were_formats_are_read(rows: list[CompareRow], tmp_
     raw = asdict(rows[1])
     del raw["weights"], raw["bytes_read"]
     path.write_text(json.dumps(raw) + "\n")
-    assert read_rows(path) == [replace(rows[1], weights=None, bytes_read=None)]
+    assert read_rows(path) == [replace(rows[1], bytes_read=None)]
+    plain = make_settings(["energy"], [True], bytes_skipped=[0.3])
+    assert compared(make(), plain, output=tmp_path).rows == [rows[1]]  # not run again, but counted
     path.write_text(json.dumps(raw | {"weight": "int8"}) + "\n")
     with pytest.raises(CatsparseError, match="line 1"):
         read_rows(path)

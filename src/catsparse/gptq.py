@@ -21,12 +21,12 @@ from .batches import Batch
 from .errors import CatsparseError
 from .inputs import block_of
 from .kernels import FORMATS
+from .kernels.formats import row_scale
 from .kernels.preview import GROUP, pack_int4, round_groups
 from .observation import evaluating
 from .quantized_linear import QuantizedLinear
 from .strict_json import shorten
 
-_MOST = {"int8": 127.0, "fp8": 448.0}
 _DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal; more where the one before was too little
 _COLUMNS = GROUP  # inputs whose errors are spread at once
 
@@ -63,7 +63,7 @@ def round_with(
     scales: list[Tensor] = []
     of_rows = None
     if weights != "int4" and not by_input:
-        of_rows = _row_scale(w, weights)
+        of_rows = row_scale(w, weights)
     for first in range(0, w.shape[1], _COLUMNS):
         columns = slice(first, min(first + _COLUMNS, w.shape[1]))
         part, own = w[:, columns], spread[columns, columns]
@@ -108,11 +108,6 @@ def _spread(hessian: Tensor, w: Tensor) -> Tensor:
     return torch.eye(len(h), device=h.device)  # round to nearest
 
 
-def _row_scale(rows: Tensor, weights: str) -> Tensor:
-    largest = rows.abs().amax(dim=1) / _MOST[weights]
-    return largest.clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def _round(values: Tensor, scale: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """(codes, what they stand for), both fp32."""
     codes = values / scale
@@ -130,7 +125,7 @@ def _round_row(row: Tensor, weights: str) -> tuple[tuple[Tensor, Tensor], Tensor
     if weights == "int4":
         codes, scale = round_groups(row)
         return (codes, codes * scale.float().repeat_interleave(GROUP, dim=1)), scale
-    scale = _row_scale(row, weights)
+    scale = row_scale(row, weights)
     return _round(row, scale[:, None], weights), scale
 
 
@@ -189,16 +184,11 @@ def round_model(
                 layer = QuantizedLinear.of_rounded(
                     before[name], weights, packed, scale, found[name]
                 )
-                _put(model, name, layer)
+                model.set_submodule(name, layer)
     except BaseException:
         for name, layer in before.items():
-            _put(model, name, layer)
+            model.set_submodule(name, layer)
         raise
-
-
-def _put(model: Any, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 @torch.no_grad()

@@ -117,10 +117,8 @@ def quantize_weights(
             raise
         return model
     for name, by_input in found.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        packed = made.get(name) or QuantizedLinear.of(getattr(owner, child), weights, by_input)
-        setattr(owner, child, packed)
+        packed = made.get(name) or QuantizedLinear.of(model.get_submodule(name), weights, by_input)
+        model.set_submodule(name, packed)
     settle(model)
     return model
 
@@ -174,10 +172,8 @@ def _keep_codes(model: Any, found: dict[str, bool]) -> Any:
         )
     dtype = model.get_input_embeddings().weight.dtype
     for name, own in codes.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        layer = getattr(owner, child)
-        setattr(owner, child, QuantizedLinear.of_codes(layer, own, dtype, found[name]))
+        layer = QuantizedLinear.of_codes(model.get_submodule(name), own, dtype, found[name])
+        model.set_submodule(name, layer)
     settle(model)
     return model
 
@@ -197,8 +193,7 @@ def quantized(model: Any, weights: str | None) -> Iterator[None]:
     finally:
         model.config.tie_word_embeddings = tied
         for name, layer in before.items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
 
 
 def prepare_to_load(model: Any, weights: str) -> None:
@@ -206,14 +201,12 @@ def prepare_to_load(model: Any, weights: str) -> None:
     checkpoint of them is loaded."""
     source, _, weights = weights.rpartition("-")
     for name, by_input in linears_to_quantize(model).items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        old = getattr(owner, child)
+        old = model.get_submodule(name)
         sizes, biased = (old.in_features, old.out_features), old.bias is not None
         like = {"dtype": old.weight.dtype, "device": old.weight.device}
         empty = QuantizedLinear(*sizes, weights, by_input, biased, **like)
         empty.source = source or None
-        setattr(owner, child, empty)
+        model.set_submodule(name, empty)
 
 
 def linears_to_quantize(model: Any) -> dict[str, bool]:

@@ -324,7 +324,7 @@ def sparsify(
     if masked:
         why = next(iter(masked.values()))
         err.print(
-            f"{len(masked)} of them only masked, which skips nothing: {why}; --weights packs them",
+            f"{len(masked)} gated MLPs are only masked, which skips no bytes: {why}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -151,7 +151,8 @@ class _Run:
         self.of_all = [weights_digest(model), tokens_digest(self.windows)]
         self.run_key = key_of(*self.of_all, self.probe_digest)
         rows = [] if self.folder is None else read_rows(self.folder / FILE_NAME)
-        self.known = {row.key: row for row in rows}
+        own = Traffic.of(model)
+        self.known = {row.key: _counted(row, own) for row in rows}
         provenance = (calibration.name, self.windows.numel())
         self.tasks = TaskScores(model, tasks, self.of_all[0], provenance, self.folder)
         self.dense: dict[str, Perplexity] = {}
@@ -353,6 +354,13 @@ class _Run:
             weights=weights_name(self.model),
             bytes_read=self.traffic.read(skipped, s.scope) if self.traffic else None,
         )
+
+
+def _counted(row: CompareRow, own: Traffic | None) -> CompareRow:
+    """A row of before there were formats, of the model's own weights, with its bytes."""
+    if row.bytes_read is not None or own is None:
+        return row
+    return replace(row, bytes_read=own.read(row.bytes_skipped, row.scope))
 
 
 def _tokens(task: Task) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CatsparseError
+from ..quantized_linear import FLOAT_NAMES
 from ..rows import read_lines
 from ..tasks import TaskRow
 from ..tasks.rows import read_rows_as
+
+# Of rows of before there were formats.
+_FLOATS = {str(dtype).removeprefix("torch."): name for dtype, name in FLOAT_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class CompareRow:
             ``dense``: not at all.
         scope: ``mlp`` or ``all``: whose weight bytes are counted.
         weights: ``int8``, ``fp8`` or ``int4`` if all that decode reads was packed, else the dtype's
-            short name. bytes_read: of all linear layers for a token, whatever ``scope``; None in
-            files of before there was this.
+            short name. bytes_read: of all linear layers for a token, whatever ``scope``; None of
+            models with experts, and in files of before there was this.
         target: fraction of them asked not to be read.
         bytes_skipped: the fraction measured on the text. sparsity: neurons (with ``teal`` and
             ``wina`` inputs) dropped there.
@@ -117,9 +121,10 @@ def read_task_rows(path: Path) -> list[CompareTaskRow]:
     Raises:
         CatsparseError: it cannot be read, or holds something else.
     """
-    return read_rows_as(
+    rows = read_rows_as(
         CompareTaskRow, path, "'catsparse compare --tasks'; name another output folder"
     )
+    return [replace(row, weights=row.weights or _FLOATS.get(row.dtype)) for row in rows]
 
 
 def best_rows(rows: Sequence[CompareRow]) -> set[str]:
@@ -133,7 +138,7 @@ def best_rows(rows: Sequence[CompareRow]) -> set[str]:
 
 
 def _row_from(raw: Any, where: str) -> CompareRow:
-    words = ("method", "allocation", "scope", "key", "heldout")
+    words = ("method", "allocation", "scope", "key", "heldout", "dtype")
     numbers = ("target", "bytes_skipped", "sparsity", "perplexity", "rise", "tokens")
     names = {field.name for field in fields(CompareRow)}
     if (
@@ -143,4 +148,5 @@ def _row_from(raw: Any, where: str) -> CompareRow:
         or not all(isinstance(raw[name], str) for name in words)
     ):
         raise CatsparseError(f"{where} is no row of 'catsparse compare'; name another folder")
-    return CompareRow(**raw)
+    row = CompareRow(**raw)
+    return replace(row, weights=row.weights or _FLOATS.get(row.dtype))

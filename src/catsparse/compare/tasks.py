@@ -75,7 +75,7 @@ class TaskScores:
         if packed and dense is not None:
             difference, error = paired(dense, scored.value, scored.correct)
             scored = replace(
-                *(scored,),
+                scored,
                 variant="packed",
                 method=DENSE,
                 compensate=False,

@@ -53,11 +53,18 @@ def quantize(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"rows of {weight.shape[1]} are not whole groups of {GROUP}")
         return make_preview(weight, 4)
     wide, most = weight.detach().float(), _MOST[weights]
-    scale = (wide.abs().amax(dim=1) / most).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = row_scale(wide, weights)
     rounded = wide / scale[:, None]
     if weights == "int8":
         rounded = rounded.round()
     return rounded.clamp(-most, most).to(FORMATS[weights]), scale
+
+
+def row_scale(rows: Tensor, weights: str) -> Tensor:
+    """The scales of int8 or fp8, fp32 ``[R]``, for fp32 rows ``[R, C]``: by the largest magnitude,
+    at least the smallest normal number."""
+    largest = rows.abs().amax(dim=1) / _MOST[weights]
+    return largest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
